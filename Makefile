@@ -1,0 +1,33 @@
+# make setup | run | test | lab | clean      (make run NOTEBOOKS="02 03" ARGS="-p epochs 3")
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup run test lab clean lock
+
+setup: $(VENV)/installed
+
+# The lock is complete, so pip resolves nothing (--no-deps): the time is the download's.
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version + ": make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --no-deps --progress-bar off -r requirements.lock
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+run: setup
+	$(BIN)/python -m helpers.run $(NOTEBOOKS) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf $(VENV) runs .s3 .pytest_cache *.egg-info helpers/__pycache__ tests/__pycache__
+
+# Needs uv (any way you like: pipx install uv). The command is the lock's first line.
+LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --no-annotate --no-header --quiet
+lock:
+	(echo "# $(LOCK)"; $(LOCK)) > requirements.new && mv requirements.new requirements.lock

@@ -1,0 +1,427 @@
+"""Run the notebooks in order, each with papermill, and show what came out on one page.
+
+    python -m helpers.run                       every notebook of notebooks/
+    python -m helpers.run 02 03 -p epochs 3     some of them, with another value for a parameter
+
+Executed notebooks, their HTML and an index.html go to runs/{date_time}/. A notebook that fails does not stop the
+next one. Exit code: 0 when all ran, 1 when one failed, 2 for a pick or parameter that is not there, 130 after Ctrl-C.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from urllib.parse import quote
+
+import jinja2
+import nbformat
+import papermill
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbconvert import HTMLExporter
+from nbconvert.filters import strip_ansi
+from nbformat import NotebookNode
+
+from helpers import storage
+
+SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+BAR = {"bar_format": "{desc} |{bar}| {n}/{total} cells, {elapsed}", "dynamic_ncols": True, "leave": False,
+       "disable": None}  # None: no bar where there is no terminal
+
+
+@dataclass
+class Outcome:
+    """How one notebook went; `status` is "ok", "FAILED", or "interrupted" for the one Ctrl-C stopped."""
+
+    notebook: Path
+    status: str = "interrupted"
+    seconds: float = 0.0
+    error: str = ""  # cell 7 (In [5]): ErrorName: message
+    source: str = ""  # the first lines of that cell
+    title: str = ""
+    results: dict = field(default_factory=dict)
+    figures: list[str] = field(default_factory=list)  # data: addresses of the first and the last figure
+    rendered: bool = False  # is there an HTML page to link to?
+
+
+class OwnKernel(AsyncKernelManager):
+    """Kernels of this very Python, whatever "python3" kernelspecs Jupyter knows on this machine."""
+
+    def _kernel_spec_manager_default(self):
+        return KernelSpecManager(kernel_dirs=[])  # with nowhere to search, ipykernel's own spec is left: sys.executable
+
+
+def run(notebooks: Sequence[Path], parameters: dict, output: Path) -> list[Outcome]:
+    """Execute the notebooks one after the other into the folder `output`, where index.html tells how they went."""
+    passed = select_parameters(notebooks, parameters)
+    storage.connect()  # once: the kernels inherit the environment, so all notebooks see the same S3
+    output = output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # a convenience, and not every system has links
+        latest = output.with_name("latest")
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(output.name, target_is_directory=True)
+    outcomes, page, started = [], output / "index.html", time.monotonic()
+    try:
+        for notebook in notebooks:
+            outcomes.append(Outcome(notebook))
+            try:
+                execute(outcomes[-1], passed[notebook], output)
+            finally:  # after Ctrl-C too
+                page.write_text(index(outcomes, len(notebooks)), encoding="utf-8")
+    finally:
+        good = sum(outcome.status == "ok" for outcome in outcomes)
+        print(f"{good} of {len(notebooks)} notebooks ran well, in {duration(time.monotonic() - started)}")
+        print(f"Results: {os.path.relpath(page)}", flush=True)
+    return outcomes
+
+
+def select_parameters(notebooks: Sequence[Path], parameters: dict) -> dict[Path, dict]:
+    """For each notebook, those of the given parameters that it has; one that no notebook has is an error."""
+    known = {notebook: papermill.inspect_notebook(notebook) if parameters else {} for notebook in notebooks}
+    names = set().union(*known.values())
+    if unknown := set(parameters) - names:
+        there = ", ".join(sorted(names)) or "none"
+        raise ValueError(f"no parameter {', '.join(sorted(unknown))} in these notebooks; there are: {there}")
+    return {notebook: {k: v for k, v in parameters.items() if k in known[notebook]} for notebook in notebooks}
+
+
+def execute(outcome: Outcome, parameters: dict, output: Path) -> None:
+    """Run one notebook into `output` and note in `outcome` how it went. Only Ctrl-C comes out as an exception."""
+    notebook, target, started = outcome.notebook.resolve(), output / outcome.notebook.name, time.monotonic()
+    if not sys.stderr.isatty():  # there is no bar then, so say what runs
+        print(f"{notebook.stem} ...", flush=True)
+    error = None
+    try:
+        papermill.execute_notebook(
+            notebook,
+            target,
+            parameters,
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=OwnKernel,
+            extra_arguments=["--log-level=CRITICAL"],  # else kernels talk across the progress bar
+            cwd=notebook.parent,
+            iopub_timeout=60,  # seconds a busy machine may take to deliver a cell's last output; the default is 4
+            progress_bar=BAR | {"desc": notebook.stem},
+        )
+        outcome.status = "ok"
+    except Exception as exception:  # an error in a cell, a dead kernel, a file that is no notebook
+        outcome.status, error = "FAILED", exception
+    except KeyboardInterrupt as exception:
+        error = exception
+        raise
+    finally:
+        outcome.seconds = time.monotonic() - started
+        publish(outcome, target, error)
+        print(f"{outcome.status:6} {notebook.name}, {outcome.error or duration(outcome.seconds)}")
+        if outcome.source:
+            print(textwrap.indent(outcome.source, "       | ", lambda line: True))
+        sys.stdout.flush()
+
+
+def publish(outcome: Outcome, target: Path, error: BaseException | None) -> None:
+    """Clean the executed notebook of secrets, read from it what the index shows, and render it as HTML."""
+    page, leaked = target.with_suffix(".html"), scrub(target)
+    try:
+        executed = nbformat.read(target, as_version=4)
+        if error:
+            outcome.error, outcome.source = describe(error, executed)
+        outcome.title, outcome.figures = title(executed), figures(executed)
+        with contextlib.suppress(ValueError):  # one that shows no results is fine here
+            outcome.results = results(executed)
+        resources = {"metadata": {"name": target.stem, "path": str(outcome.notebook.parent)}}
+        page.write_text(exporter().from_notebook_node(executed, resources)[0], encoding="utf-8")
+        leaked |= scrub(page)
+        outcome.rendered = True
+    except Exception as exception:  # papermill wrote nothing, or what it wrote cannot be shown
+        outcome.status, outcome.error = "FAILED", outcome.error or describe(error or exception)[0]
+    if leaked:
+        outcome.status = "FAILED"
+        messages = [f"the notebook showed {', '.join(sorted(leaked))}, replaced by ***", outcome.error]
+        outcome.error = "; ".join(filter(None, messages))
+
+
+def describe(error: BaseException, executed: NotebookNode | None = None) -> tuple[str, str]:
+    """An error in one line, with the cell it came from, and the first lines of that cell."""
+    name, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+    if name == "DeadKernelError":
+        message += " (killed from outside, often for lack of memory)"
+    message = textwrap.shorten(clean(strip_ansi(message))[0], 300, placeholder=" ...")
+    line = f"{name}: {message}" if message else name
+    cells = executed.cells if executed else []  # without what papermill itself put in, where it matters:
+    cells = [cell for cell in cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    begun = [i for i, cell in enumerate(cells) if cell.metadata.get("papermill", {}).get("start_time")]
+    if not begun:  # not even the kernel came up
+        return line, ""
+    place = getattr(error, "cell_index", begun[-1])
+    injected = sum("injected-parameters" in cell.metadata.get("tags", []) for cell in cells[: place + 1])
+    source = cells[place].source.splitlines()
+    prompt = cells[place].get("execution_count") or " "
+    return f"cell {place + 1 - injected} (In [{prompt}]): {line}", "\n".join(source[:6] + ["..."] * (len(source) > 6))
+
+
+def clean(text: str) -> tuple[str, set[str]]:
+    """The text with the values of secret variables replaced by ***, and the names of those that were in it."""
+    leaked = set()
+    for name in SECRETS:
+        value = os.environ.get(name, "")
+        if len(value) < 12:  # no key but a well-known default such as "minioadmin", which any text may mention
+            continue
+        shown = {value, repr(value)[1:-1], quote(value, safe="")}  # as it is, as Python shows it, in an address
+        for written in shown | {json.dumps(form, ensure_ascii=False)[1:-1] for form in shown}:  # and these in a file
+            if written in text:
+                text = text.replace(written, "***")
+                leaked.add(name)
+    return text, leaked
+
+
+def scrub(path: Path) -> set[str]:
+    """Clean a file, if it is there; the names of the secrets that were in it."""
+    text, leaked = clean(path.read_text(encoding="utf-8")) if path.exists() else ("", set())
+    if leaked:
+        path.write_text(text, encoding="utf-8")
+    return leaked
+
+
+def results(notebook: NotebookNode | Path | str) -> dict:
+    """The `results` of an executed notebook: what its last code cell with JSON output showed."""
+    executed = notebook if isinstance(notebook, NotebookNode) else nbformat.read(notebook, as_version=4)
+    shown = [data["application/json"] for data in outputs(executed) if "application/json" in data]
+    if not shown or not isinstance(shown[-1], dict):
+        name = "this notebook" if executed is notebook else notebook
+        raise ValueError(f"{name} shows no results: let its last code cell end with display(JSON(results))")
+    return dict(shown[-1])
+
+
+def outputs(notebook: NotebookNode) -> list[dict]:
+    """What the code cells showed, in order: for each output its data by mime type."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [output.data for cell in cells for output in cell.outputs if "data" in output]
+
+
+def title(notebook: NotebookNode) -> str:
+    """The first heading, without its Markdown marks."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    heading = re.search(r"^#+ +(.+)$", text, re.MULTILINE)
+    return re.sub(r"[`*]", "", heading[1]) if heading else ""
+
+
+def figures(notebook: NotebookNode) -> list[str]:
+    """The first and the last figure as data: addresses (one when there is only one)."""
+    kinds = ("image/png", "image/jpeg")
+    shown = [(kind, data[kind]) for data in outputs(notebook) for kind in kinds if kind in data]
+    found = [f"data:{kind};base64,{''.join(pixels.split())}" for kind, pixels in shown]
+    return found[:1] + found[1:][-1:]
+
+
+def duration(seconds: float) -> str:
+    """12.3 s, or 4 min 56 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+@functools.cache
+def exporter() -> HTMLExporter:
+    """nbconvert's "lab" page made to open without a network: no require.js, no widget or diagram scripts.
+
+    MathJax is left, without waiting for it, where a text has a formula; offline one reads the formula's source.
+    """
+    return HTMLExporter(embed_images=True, raw_template=PAGE)
+
+
+PAGE = r"""{% extends "index.html.j2" %}
+{% block html_head_js_requirejs %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block jupyter_widgets %}{% endblock %}
+{% block data_widget_view %}{% endblock %}
+{% block footer %}</html>{% endblock %}
+{% block html_head_js_mathjax %}
+{% if "$" in nb.cells | selectattr("cell_type", "equalto", "markdown") | map(attribute="source") | join %}
+<script type="text/x-mathjax-config">
+MathJax.Hub.Config({tex2jax: {inlineMath: [["$", "$"], ["\\(", "\\)"]], processEscapes: true}});
+</script>
+<script async src="{{ resources.mathjax_url }}"></script>
+{% endif %}
+{% endblock %}
+{% block data_text scoped %}
+{% set json = output.data["application/json"] %}
+{% if json is defined %}<div class="jp-RenderedText"><pre>{{ json | tojson(indent=2) }}</pre></div>
+{% else %}{{ super() }}{% endif %}
+{% endblock %}
+"""
+
+
+def index(outcomes: list[Outcome], total: int) -> str:
+    """The page of a run: a card per notebook."""
+    facts = {
+        "when": datetime.now().strftime("%A, %d %B %Y, %H:%M"),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": getattr(os, "process_cpu_count", os.cpu_count)(),
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+    }
+    return jinja2.Template(INDEX, autoescape=True, trim_blocks=True, lstrip_blocks=True).render(
+        outcomes=outcomes, total=total, duration=duration, readable=readable, **facts
+    )
+
+
+def readable(value) -> str:
+    """A result for the eye: four digits of a number with a fraction, anything else as it is."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return str(value)
+
+
+INDEX = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Deep learning on S3: run of {{ when }}</title>
+<style>
+  :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --line: #e3e6eb; --text: #1c2230; --soft: #667085;
+    --link: #0b63ce; --good: #067647; --goodbg: #e7f6ee; --bad: #b42318; --badbg: #fdeceb; }
+  @media (prefers-color-scheme: dark) { :root { --page: #10131a; --card: #191e28; --line: #2b3240; --text: #e6e9ef;
+    --soft: #98a2b3; --link: #7db5ff; --good: #63d69c; --goodbg: #123326; --bad: #ff9a91; --badbg: #3a1a1a; } }
+  * { box-sizing: border-box; overflow-wrap: anywhere; }
+  body { margin: 0 auto; max-width: 84rem; padding: 2.5rem 1.5rem; background: var(--page); color: var(--text);
+    font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+  h1 { margin: 0; font-size: 1.7rem; letter-spacing: -.02em; }
+  h2 { margin: 0; font-size: 1.05rem; line-height: 1.35; flex: 1; }
+  p { margin: .3rem 0 0; color: var(--soft); }
+  a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
+  h2 a { color: inherit; }
+  main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(23rem, 100%), 1fr)); gap: 1.1rem;
+    margin-top: 1.6rem; }
+  article { display: flex; flex-direction: column; gap: .8rem; min-width: 0; padding: 1.1rem 1.2rem;
+    background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+  .top { display: flex; gap: .8rem; align-items: flex-start; }
+  .pill { padding: .1rem .6rem; border-radius: 99px; font-size: .8rem; font-weight: 600; white-space: nowrap; }
+  .ok { color: var(--good); background: var(--goodbg); }
+  .FAILED, .interrupted, .error { color: var(--bad); background: var(--badbg); }
+  .file { margin-top: -.6rem; font-size: .85rem; }
+  .error { padding: .7rem .8rem; border-radius: 8px; font-size: .85rem; font-weight: 600; }
+  pre { margin: .5rem 0 0; overflow-x: auto; color: var(--text); font: 12px/1.5 ui-monospace, Menlo, monospace;
+    overflow-wrap: normal; }
+  table { border-collapse: collapse; font-size: .88rem; }
+  td { padding: .22rem 0; border-top: 1px solid var(--line); vertical-align: top; }
+  td:first-child { color: var(--soft); padding-right: 1rem; overflow-wrap: normal; }
+  td:last-child { text-align: right; font-variant-numeric: tabular-nums; }
+  .figures { display: flex; gap: .6rem; margin-top: auto; }
+  .figures a { flex: 1; padding: .4rem; background: #fff; border: 1px solid var(--line); border-radius: 8px; }
+  .figures img { display: block; width: 100%; height: 9rem; object-fit: contain; }
+</style>
+</head>
+<body>
+<header>
+  <h1>Deep learning on S3: notebooks</h1>
+  <p>{{ when }} &middot; {{ machine }}, {{ cores }} cores &middot; Python {{ python }} &middot; torch {{ torch }}</p>
+  <p>{{ outcomes | selectattr("status", "equalto", "ok") | list | length }} of {{ total }} ok &middot;
+  {{ duration(outcomes | sum("seconds")) }}</p>
+</header>
+<main>
+{% for outcome in outcomes %}
+{% set page, file = outcome.notebook.stem | urlencode + ".html", outcome.notebook.name %}
+{% set title = outcome.title or outcome.notebook.stem %}
+<article>
+  <div class="top">
+    <h2>{% if outcome.rendered %}<a href="{{ page }}">{{ title }}</a>{% else %}{{ title }}{% endif %}</h2>
+    <span class="pill {{ outcome.status }}">{{ outcome.status }}</span>
+  </div>
+  <p class="file">
+    {% if outcome.rendered %}<a href="{{ file | urlencode }}">{{ file }}</a>{% else %}{{ file }}{% endif %}
+    &middot; {{ duration(outcome.seconds) }}
+  </p>
+  {% if outcome.error %}
+  <div class="error">{{ outcome.error }}{% if outcome.source %}<pre>{{ outcome.source }}</pre>{% endif %}</div>
+  {% endif %}
+  {% if outcome.results %}
+  <table>
+  {% for name, value in outcome.results.items() %}
+    <tr><td>{{ name }}</td><td>{{ readable(value) }}</td></tr>
+  {% endfor %}
+  </table>
+  {% endif %}
+  {% if outcome.figures %}
+  <div class="figures">
+  {% for figure in outcome.figures %}
+    <a href="{{ page }}"><img src="{{ figure }}" alt="a figure of {{ title }}"></a>
+  {% endfor %}
+  </div>
+  {% endif %}
+</article>
+{% endfor %}
+</main>
+</body>
+</html>
+"""
+
+
+def pick(picks: Sequence[str]) -> list[Path]:
+    """The notebooks meant by numbers, names or paths; all of notebooks/ when nothing is picked."""
+    known = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
+    there = ", ".join(notebook.stem for notebook in known) or f"none in {Path('notebooks').resolve()}"
+    chosen = []
+    for wanted in picks:
+        found = [notebook for notebook in known if wanted in (notebook.name, notebook.stem, notebook.stem[:2])]
+        if wanted.endswith(".ipynb") and Path(wanted).is_file():
+            found = [Path(wanted)]
+        if not found:
+            raise ValueError(f"no notebook {wanted}; there are: {there}")
+        chosen += found
+    if not (chosen := list(dict.fromkeys(path.resolve() for path in chosen or known))):  # each once
+        raise ValueError(f"there are no notebooks: {there}")
+    if len({notebook.name for notebook in chosen}) < len(chosen):
+        raise ValueError("two of these notebooks have the same name, so one would overwrite the other's output")
+    return chosen
+
+
+def typed(value: str) -> bool | int | float | str | None:
+    """A value of the command line, read as papermill's own -p reads it."""
+    if value in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[value]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m helpers.run", description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="*", help="numbers, names or paths; all of notebooks/ without")
+    parser.add_argument("-p", nargs=2, action="append", default=[], dest="parameters", metavar=("NAME", "VALUE"),
+                        help="a parameter, for each of these notebooks that has it")
+    arguments = parser.parse_intermixed_args(argv)
+    for chatty in ("papermill", "traitlets"):  # what they would log, run() prints
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    output = Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    try:
+        notebooks = pick(arguments.notebooks)
+        parameters = {name: typed(value) for name, value in arguments.parameters}
+        select_parameters(notebooks, parameters)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        outcomes = run(notebooks, parameters, output)
+    except storage.StorageError as error:
+        parser.exit(1, f"{error}\n")
+    except KeyboardInterrupt:
+        return 130
+    return int(any(outcome.status != "ok" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

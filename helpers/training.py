@@ -1,0 +1,130 @@
+"""The training loop: a page of code; all that is not the loop itself is a callback."""
+
+import time
+
+import torch
+from accelerate import Accelerator
+from torchmetrics import MetricCollection
+
+from helpers.storage import progress
+
+REFRESH = 0.25  # seconds between two looks at the loss: each look waits for the device, so not every step
+
+
+class CancelFit(Exception):
+    """Raised by a callback to end training in good order."""
+
+
+class Callback:
+    """Methods named after the moment (before_fit, before_epoch, after_step, after_epoch, after_fit) get the loop.
+
+    Callbacks run by `order`, smallest first. `loop.history`, `loop.epoch`, `loop.step_loss` and the rest are there to use.
+    """
+
+    order = 0
+
+
+class TrainLoop:
+    """Trains a model on its loader, with a progress bar, validation after every epoch, and callbacks.
+
+    Batches are (inputs, targets); the model maps inputs to outputs and criterion(outputs, targets) is a scalar.
+    scheduler: a torch scheduler, stepped after every batch. metrics: {name: torchmetrics.Metric}, computed in `evaluate`.
+    The device, several processes and mixed precision are accelerate's (its environment variables apply).
+    """
+
+    def __init__(self, model, train_loader=None, val_loader=None, *, optimizer=None, criterion=None, scheduler=None, metrics=None):
+        self.accelerator = Accelerator()
+        self.model, self.train_loader, self.val_loader, self.optimizer, self.scheduler = self.accelerator.prepare(
+            model, train_loader, val_loader, optimizer, scheduler)
+        self.criterion = criterion
+        self.metrics = MetricCollection(metrics or {}).to(self.accelerator.device)
+        self.history = []  # a dict per epoch: epoch, train_loss, val_loss, val_{metric}, …
+        self.callbacks = []
+
+    def fit(self, num_epochs, callbacks=()):
+        """Train for that many epochs; returns the history. A callback that raises CancelFit ends it early."""
+        self.callbacks, self.num_epochs = sorted(callbacks, key=lambda callback: callback.order), num_epochs
+        try:
+            self._call("before_fit")
+            for self.epoch in range(len(self.history) + 1, len(self.history) + num_epochs + 1):
+                self._call("before_epoch")
+                self.history.append({"epoch": self.epoch, **self._train_epoch()})
+                if self.val_loader is not None:
+                    self.history[-1] |= {f"val_{name}": value for name, value in self.evaluate(self.val_loader).items()}
+                self._call("after_epoch")
+        except CancelFit:
+            pass
+        self._call("after_fit")
+        return self.history
+
+    def step(self, batch):
+        """One training step on a batch that is on the device; returns its loss, still on the device."""
+        self.model.train()
+        with self.accelerator.accumulate(self.model):
+            inputs, targets = batch
+            loss = self.criterion(self.model(inputs), targets)
+            self.accelerator.backward(loss)
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self.optimizer.zero_grad()
+        return loss.detach()
+
+    def _train_epoch(self):
+        total, seen, start, looked = torch.zeros((), device=self.accelerator.device), 0, time.perf_counter(), 0.0
+        with progress(len(self.train_loader), f"epoch {self.epoch}", "batch") as bar:
+            for batch in self.train_loader:
+                self.step_loss = self.step(batch)
+                total += self.step_loss * len(batch[1])
+                seen += len(batch[1])
+                bar.update()
+                self._call("after_step")
+                if (now := time.perf_counter()) - looked > REFRESH:
+                    looked = now
+                    bar.set_postfix_str(f"loss {total.item() / seen:.4f}, {seen / (now - start):,.0f} samples/s", refresh=False)
+            seconds = time.perf_counter() - start
+            loss = total.item() / max(seen, 1)
+            bar.set_postfix_str(f"loss {loss:.4f}, {seen / seconds:,.0f} samples/s")
+        return {"train_loss": loss, "train_samples_per_second": seen * self.accelerator.num_processes / seconds}
+
+    @torch.inference_mode()
+    def evaluate(self, loader):
+        """{"loss": …, metric: …} over a loader, every sample counted once."""
+        self.metrics.reset()
+        total, seen = torch.zeros((), device=self.accelerator.device), 0
+        for outputs, targets in self._outputs(loader):
+            if self.criterion is not None:
+                total += self.criterion(outputs, targets) * len(targets)
+            self.metrics.update(outputs, targets)
+            seen += len(targets)
+        loss = {"loss": total.item() / max(seen, 1)} if self.criterion is not None else {}
+        return loss | {name: value.item() for name, value in self.metrics.compute().items()}
+
+    @torch.inference_mode()
+    def predict(self, loader):
+        """The model's outputs and the targets over a loader, in its order, on the CPU: (N, …), (N, …)."""
+        outputs, targets = zip(*((outputs.cpu(), targets.cpu()) for outputs, targets in self._outputs(loader)))
+        return torch.cat(outputs), torch.cat(targets)
+
+    def _outputs(self, loader):
+        self.model.eval()
+        for inputs, targets in self.accelerator.prepare(loader):
+            yield self.accelerator.gather_for_metrics((self.model(inputs), targets))
+
+    def _call(self, moment):
+        for callback in self.callbacks:
+            if method := getattr(callback, moment, None):
+                method(self)
+
+
+class EarlyStopping(Callback):
+    """End training when a number in the history has not got better for `patience` epochs (smaller is better for losses)."""
+
+    def __init__(self, monitor="val_loss", patience=3):
+        self.monitor, self.patience = monitor, patience
+
+    def after_epoch(self, loop):
+        values = [row[self.monitor] for row in loop.history]
+        best = values.index(min(values) if "loss" in self.monitor else max(values))
+        if len(values) - 1 - best >= self.patience:
+            raise CancelFit

@@ -1,0 +1,309 @@
+"""The runner, on tiny notebooks with real kernels; most tests look at one run of five that go different ways."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from helpers import run
+
+SECRET = "wJalr/XUtnFEMI+K7MDENG\\bPxRfiCY\"EXAMPLE"  # with characters that JSON and addresses write differently
+SHOW = "from IPython.display import JSON, Image, display\n"
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+METADATA = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+
+
+def write(folder: Path, name: str, *cells: str) -> Path:
+    """A notebook of code cells; '# ' begins a Markdown cell, and a cell of assignments named so is tagged."""
+    made = [new_markdown_cell(cell) if cell.startswith("# ") else new_code_cell(cell) for cell in cells]
+    for cell in made:
+        if cell.source.startswith("#parameters"):
+            cell.metadata.tags = ["parameters"]
+    folder.mkdir(exist_ok=True)
+    nbformat.write(new_notebook(cells=made, metadata=METADATA), folder / name)
+    return folder / name
+
+
+class EmptyS3(BaseHTTPRequestHandler):
+    """Has no buckets, and takes any key."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<ListAllMyBucketsResult><Buckets/></ListAllMyBucketsResult>")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """What a user has set who has an S3."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), EmptyS3) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_REGION": "us-east-1",
+                            "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": SECRET}
+        server.shutdown()
+
+
+def command(folder: Path, environment: dict, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "helpers.run", *arguments], cwd=folder, env=environment,
+                          capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, environment):
+    """One run of five notebooks, on a machine where Jupyter knows another kernel by the name of python3."""
+    folder = tmp_path_factory.mktemp("run")
+    notebooks = folder / "notebooks"
+    write(notebooks, "01_good.ipynb", "# A *good* <one> & `more`", "#parameters\nepochs = 1  # passes\nname = 'a'",
+          "import os, sys\nprint(os.getcwd(), sys.executable, os.environ['AWS_ENDPOINT_URL'], sep='\\n')",
+          SHOW + f"import base64\npixel = base64.b64decode('{PIXEL}')",
+          "for end in (b'first', b'middle', b'final'):\n    display(Image(data=pixel + end))",
+          "display(JSON({'not': 'the last'}))",
+          "display(JSON({'epochs': epochs, 'kind': type(epochs).__name__, 'loss': 0.123456, 'tag': '<i>'}))",
+          "print('the end')")
+    write(notebooks, "02_fails.ipynb", "# Fails", "#parameters\nepochs = 1", "x = 1\n'<u>'\n" + "x += 1\n" * 9 +
+          "raise ValueError('\\x1b[31m<b>red</b>\\x1b[0m\\nand more')", "print('not reached')")
+    write(notebooks, "03_dies.ipynb", "# Dies", "import os, signal", "os.kill(os.getpid(), signal.SIGKILL)")
+    write(notebooks, "04_leaks.ipynb", "# Leaks",
+          "import os\nsecret = os.environ['AWS_SECRET_ACCESS_KEY']\nprint(secret)", "secret",
+          "from urllib.parse import quote\nprint('http://host/?x=' + quote(secret, safe=''))\nraise KeyError(secret)")
+    write(notebooks, "05_after.ipynb", "# After", "print('ran')", "# No formula: 5")
+    other = folder / "other" / "kernels" / "python3"
+    other.mkdir(parents=True)
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Other", "language": "python"}
+    (other / "kernel.json").write_text(json.dumps(spec))
+    process = command(folder, environment | {"JUPYTER_PATH": str(folder / "other")}, "-p", "epochs", "3")
+    output = (folder / "runs" / "latest").resolve()
+    page = BeautifulSoup((output / "index.html").read_text(encoding="utf-8"), "html.parser")
+    cards = {card.select_one(".file").get_text().split()[0]: card for card in page.select("article")}
+    return SimpleNamespace(process=process, folder=folder, output=output, page=page, cards=cards,
+                           endpoint=environment["AWS_ENDPOINT_URL"])
+
+
+def lines(finished, start):
+    return [line for line in finished.process.stdout.splitlines() if line.startswith(start)]
+
+
+def test_goes_on_after_a_failure_and_says_so(finished):
+    assert finished.process.returncode == 1, finished.process.stderr
+    assert [line.split(",")[0] for line in lines(finished, ("ok", "FAILED"))] == [
+        "ok     01_good.ipynb", "FAILED 02_fails.ipynb", "FAILED 03_dies.ipynb", "FAILED 04_leaks.ipynb",
+        "ok     05_after.ipynb"]
+    assert len(lines(finished, "2 of 5 notebooks ran well, in ")) == 1
+    assert lines(finished, "Results: ") == [f"Results: {os.path.join('runs', finished.output.name, 'index.html')}"]
+    assert "KernelApp" not in finished.process.stderr and "cells," not in finished.process.stderr  # no chatter, no bar
+
+
+def test_failure_names_cell_and_error(finished):
+    line, = lines(finished, "FAILED 02_fails")  # the injected parameters are In [2], but no cell of the source
+    assert line == "FAILED 02_fails.ipynb, cell 3 (In [3]): ValueError: <b>red</b> and more"
+    assert "       | x = 1\n       | '<u>'\n" in finished.process.stdout and "| ...\n" in finished.process.stdout
+    card = finished.cards["02_fails.ipynb"]
+    assert "cell 3 (In [3]): ValueError: <b>red</b> and more" in card.select_one(".error").get_text()
+    assert card.select_one("pre").get_text().startswith("x = 1\n'<u>'") and not card.select("b, u")
+    assert "not reached" not in outputs_of(finished.output / "02_fails.ipynb")
+
+
+def test_killed_kernel_is_reported(finished):
+    line, = lines(finished, "FAILED 03_dies")
+    assert line.startswith("FAILED 03_dies.ipynb, cell 3 (In [") and "DeadKernelError: Kernel died" in line
+    assert "os.kill" in finished.cards["03_dies.ipynb"].select_one("pre").get_text()
+
+
+def test_secrets_are_caught(finished):
+    line, = lines(finished, "FAILED 04_leaks")
+    assert "showed AWS_SECRET_ACCESS_KEY, replaced by ***; cell 4 (In [3]): KeyError" in line
+    for file in finished.output.iterdir():
+        text = file.read_text(encoding="utf-8")
+        assert "XUtnFEMI" not in text, file
+    assert "XUtnFEMI" not in finished.process.stdout + finished.process.stderr
+    executed = outputs_of(finished.output / "04_leaks.ipynb")
+    assert executed.startswith("***") and "http://host/?x=***" in executed
+
+
+def test_short_defaults_are_no_secrets(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "minioadmin")
+    assert run.clean("minioadmin is the default") == ("minioadmin is the default", set())
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "a-token-of-some-length")
+    assert run.clean("my a-token-of-some-length!") == ("my ***!", {"AWS_SESSION_TOKEN"})
+
+
+def outputs_of(path: Path) -> str:
+    """All that the cells printed or showed as text."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return "".join(o.get("text") or o.get("data", {}).get("text/plain", "") for cell in cells for o in cell.outputs)
+
+
+def test_kernel_is_ours_in_the_notebooks_folder_with_our_s3(finished):
+    folder, python, endpoint = outputs_of(finished.output / "01_good.ipynb").splitlines()[:3]
+    assert Path(folder) == (finished.folder / "notebooks").resolve()
+    assert python == sys.executable
+    assert endpoint == finished.endpoint
+
+
+def test_parameters_reach_the_notebooks_that_have_them(finished):
+    assert run.results(finished.output / "01_good.ipynb")["epochs"] == 3
+    injected = [cell.source for name in ("01_good", "02_fails", "05_after")
+                for cell in nbformat.read(finished.output / f"{name}.ipynb", as_version=4).cells
+                if "injected-parameters" in cell.metadata.get("tags", [])]
+    assert injected == ["# Parameters\nepochs = 3\n"] * 2
+
+
+def test_results_are_those_of_the_last_cell_that_shows_json(finished):
+    path = finished.output / "01_good.ipynb"
+    expected = {"epochs": 3, "kind": "int", "loss": 0.123456, "tag": "<i>"}
+    assert run.results(path) == run.results(str(path)) == run.results(nbformat.read(path, as_version=4)) == expected
+    with pytest.raises(ValueError, match="05_after.ipynb shows no results"):
+        run.results(finished.output / "05_after.ipynb")
+    numbers = new_output("display_data", data={"application/json": [1, 2]})
+    with pytest.raises(ValueError, match="this notebook shows no results"):
+        run.results(new_notebook(cells=[new_code_cell("", outputs=[numbers])]))
+
+
+def test_index_shows_titles_results_and_figures(finished):
+    card = finished.cards["01_good.ipynb"]
+    assert list(finished.cards) == [f"0{i}_{n}.ipynb" for i, n in enumerate("good fails dies leaks after".split(), 1)]
+    assert card.select_one("h2").get_text() == "A good <one> & more" and not card.select("one, i")
+    assert card.select_one("h2 a")["href"] == "01_good.html"
+    assert [pill.get_text() for pill in finished.page.select(".pill")] == ["ok", "FAILED", "FAILED", "FAILED", "ok"]
+    table = {row.select("td")[0].get_text(): row.select("td")[1].get_text() for row in card.select("tr")}
+    assert table == {"epochs": "3", "kind": "int", "loss": "0.1235", "tag": "<i>"}
+    images = [image["src"] for image in card.select('.figures a[href="01_good.html"] img')]
+    assert [image[:22] for image in images] == ["data:image/png;base64,"] * 2
+    assert [base64.b64decode(image[22:])[-5:] for image in images] == [b"first", b"final"]
+    header = finished.page.select_one("header").get_text()
+    assert "2 of 5 ok" in header and f"Python {sys.version.split()[0]}" in header and "cores" in header
+
+
+def test_pages_are_whole_and_need_no_network(finished):
+    assert sorted(path.suffix for path in finished.output.iterdir()) == [".html"] * 6 + [".ipynb"] * 5
+    for path in finished.output.glob("*.html"):
+        page = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        assert not page.select("[src^=http], link[href]"), path
+        assert not page.select("script"), path
+        for link in page.select("a[href]"):
+            assert link["href"].startswith("#") or (path.parent / link["href"]).exists(), link
+    text = (finished.output / "01_good.html").read_text(encoding="utf-8")
+    assert '"epochs": 3' in text and "JSON object" not in text  # the results can be read
+
+
+def test_formulas_may_ask_for_mathjax():
+    page = run.exporter().from_notebook_node(new_notebook(cells=[new_markdown_cell(r"$\sqrt{N}$")]))[0]
+    script, = BeautifulSoup(page, "html.parser").select("script[src]")
+    assert "mathjax" in script["src"] and script.has_attr("async")
+
+
+def test_widgets_are_left_out():
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "0%"}
+    state = {"application/vnd.jupyter.widget-state+json": {"state": {"1": {}}, "version_major": 2, "version_minor": 0}}
+    cell = new_code_cell("", outputs=[new_output("display_data", data=view)])
+    notebook = new_notebook(cells=[cell], metadata={"widgets": state})
+    assert not BeautifulSoup(run.exporter().from_notebook_node(notebook)[0], "html.parser").select("script")
+
+
+def test_picks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = (write(Path("notebooks"), name).resolve() for name in ("01_one.ipynb", "02_two.ipynb"))
+    write(Path("notebooks"), "draft.ipynb")
+    elsewhere = write(tmp_path / "elsewhere", "mine.ipynb")
+    assert run.pick([]) == [first, second]
+    assert run.pick(["02", "01"]) == [second, first]
+    assert run.pick(["02_two", "02_two.ipynb", "notebooks/02_two.ipynb", str(elsewhere)]) == [second, elsewhere]
+    with pytest.raises(ValueError, match="no notebook 07; there are: 01_one, 02_two"):
+        run.pick(["01", "07"])
+    with pytest.raises(ValueError, match="same name"):
+        run.pick(["01", str(write(tmp_path / "elsewhere", "01_one.ipynb"))])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="no notebooks: none in"):
+        run.pick([])
+
+
+def test_wrong_picks_and_parameters_run_nothing(tmp_path, environment):
+    write(tmp_path / "notebooks", "01_one.ipynb", "#parameters\nbucket = 'b'\nseed = 1", "open('ran', 'w')")
+    process = command(tmp_path, environment, "09")
+    assert process.returncode == 2 and "error: no notebook 09; there are: 01_one" in process.stderr
+    process = command(tmp_path, environment, "01", "-p", "seed", "2", "-p", "epoch", "3")
+    assert process.returncode == 2
+    assert "error: no parameter epoch in these notebooks; there are: bucket, seed" in process.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["notebooks", "01_one.ipynb"]
+
+
+def test_no_s3_is_said_in_a_line(tmp_path, monkeypatch, capsys):
+    def refuse():
+        raise run.storage.StorageError("nothing answers")
+
+    monkeypatch.setattr(run.storage, "connect", refuse)
+    monkeypatch.chdir(tmp_path)
+    write(Path("notebooks"), "01_one.ipynb")
+    with pytest.raises(SystemExit) as stopped:
+        run.main([])
+    assert stopped.value.code == 1 and capsys.readouterr().err == "nothing answers\n"
+
+
+def test_values_are_typed_as_papermill_does():
+    from papermill.cli import _resolve_type
+
+    for text in ("3", "-1", "1e-3", "True", "False", "None", "true", "s3://b/x", "", "nan", "1_000", "03"):
+        assert repr(run.typed(text)) == repr(_resolve_type(text))
+
+
+def test_run_from_python(tmp_path, monkeypatch):
+    """connect() comes before the kernels; a file that is no notebook, or one that only leaks, is a failure as well."""
+    monkeypatch.setattr(run.storage, "connect", lambda: monkeypatch.setenv("AWS_ENDPOINT_URL", "http://from.connect"))
+    broken = tmp_path / "broken.ipynb"
+    broken.write_text("{")
+    asks = write(tmp_path, "asks.ipynb", "import os\nos.environ['AWS_ENDPOINT_URL']", "# Asks")
+    shows = write(tmp_path, "shows.ipynb", "import os\nos.environ['AWS_SECRET_ACCESS_KEY']")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    first, second, third = run.run([broken, asks, shows], {}, tmp_path / "out")
+    assert (first.status, first.rendered) == ("FAILED", False) and "NotJSONError" in first.error
+    assert (second.status, second.title) == ("ok", "Asks") and second.seconds > 0
+    assert (third.status, third.error) == ("FAILED", "the notebook showed AWS_SECRET_ACCESS_KEY, replaced by ***")
+    assert outputs_of(tmp_path / "out" / "asks.ipynb") == "'http://from.connect'"
+    assert "broken.ipynb" in (tmp_path / "out" / "index.html").read_text()
+    with pytest.raises(ValueError, match="no parameter nothing"):
+        run.run([asks], {"nothing": 1}, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_interrupt_leaves_a_whole_page(tmp_path, environment):
+    write(tmp_path / "notebooks", "01_done.ipynb", "# Done", "1")
+    write(tmp_path / "notebooks", "02_slow.ipynb", "# Slow", "print('before', flush=True)",
+          "import os, time\nprint(os.getpid(), file=open('begun', 'w'), flush=True)\ntime.sleep(300)", "'after'")
+    write(tmp_path / "notebooks", "03_never.ipynb", "# Never", "1")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its child
+    process = subprocess.Popen([sys.executable, "-m", "helpers.run"], cwd=tmp_path, env=environment,
+                               stdout=subprocess.PIPE, text=True)
+    try:
+        begun, patience = tmp_path / "notebooks" / "begun", time.monotonic() + 60
+        while not (begun.exists() and begun.read_text().strip()):
+            assert process.poll() is None and time.monotonic() < patience
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted 02_slow.ipynb, cell 3 (In [2]): KeyboardInterrupt\n" in printed
+    assert "1 of 3 notebooks ran well" in printed
+    with pytest.raises(ProcessLookupError):  # its kernel has ended as well
+        os.kill(int(begun.read_text()), 0)
+    output = tmp_path / "runs" / "latest"
+    page = BeautifulSoup((output / "index.html").read_text(encoding="utf-8"), "html.parser")
+    assert [pill.get_text() for pill in page.select(".pill")] == ["ok", "interrupted"]
+    assert "1 of 3 ok" in page.select_one("header").get_text()
+    assert outputs_of(output / "02_slow.ipynb") == "before\n" and (output / "02_slow.html").exists()
