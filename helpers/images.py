@@ -2,15 +2,12 @@
 
 import functools
 import os
-import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
 import obstore
 import torch
-from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import resnet18
@@ -19,7 +16,6 @@ from helpers import experiment, storage
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")  # what torchvision's ImageFolder takes
 THREADS = 64  # images of a batch in flight: hides 40 ms a request; decoding runs in them too, OpenCV releases the GIL
-ATTEMPTS = 8  # to read one object whole, beside the client's own retries, which do not cover a body cut off
 
 
 def decode(data, size=None):
@@ -69,6 +65,9 @@ class S3ImageFolder(Dataset):
     def __len__(self):
         return len(self.samples)
 
+    def __repr__(self):
+        return f"S3ImageFolder({self.root!r}): {len(self):,} images of {len(self.classes)} classes"
+
     def __getitem__(self, index):
         return self.__getitems__([index])[0]
 
@@ -107,18 +106,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def fetch(url):
-    """The bytes of one object, whole. Raises StorageError when it is missing, or cannot be read in several attempts."""
+    """The bytes of one object. Faults of the server are retried; raises StorageError when it cannot be read."""
     bucket, key = storage.parse(url)
     with storage.explained(url):
-        for attempt in range(ATTEMPTS):
-            try:
-                return obstore.get(storage.store(bucket), key).bytes()
-            except (NotFoundError, PermissionDeniedError):
-                raise
-            except BaseError:
-                if attempt == ATTEMPTS - 1:
-                    raise
-                time.sleep(0.05 * 2**attempt)
+        return obstore.get(storage.store(bucket), key).bytes()
 
 
 def loader(dataset, batch_size, shuffle=False, num_workers=0, seed=0, **options):

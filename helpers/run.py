@@ -115,6 +115,7 @@ def execute(outcome: Outcome, parameters: dict, output: Path) -> None:
             extra_arguments=["--log-level=CRITICAL"],  # else kernels talk across the progress bar
             cwd=notebook.parent,
             iopub_timeout=60,  # seconds a busy machine may take to deliver a cell's last output; the default is 4
+            coalesce_streams=True,  # of a cell's progress bar, keep the last state
             progress_bar=BAR | {"desc": notebook.stem},
         )
         outcome.status = "ok"

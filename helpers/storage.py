@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 import zipfile
 import zlib
 from collections import Counter
@@ -31,6 +32,7 @@ import obstore
 from botocore.exceptions import BotoCoreError, ClientError
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import BaseError as ObstoreError
+from obstore.exceptions import GenericError
 from obstore.store import S3Store
 from tqdm import tqdm
 
@@ -62,6 +64,8 @@ def connect():
     configured = any(os.environ.get(name) for name in names) or boto3.Session().available_profiles
     if not configured:
         os.environ.update(serve(REPOSITORY / ".s3"))
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or boto3.Session().region_name or "us-east-1"
+    os.environ |= {"AWS_REGION": region, "AWS_DEFAULT_REGION": region}  # boto3 reads the one, others the other
     os.environ.setdefault("AWS_RETRY_MODE", "standard")
     os.environ.setdefault("AWS_MAX_ATTEMPTS", "10")
     client.cache_clear()
@@ -71,7 +75,6 @@ def connect():
     if not endpoint.endswith(".amazonaws.com"):  # servers other than AWS may not know its newer checksums
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-        os.environ.setdefault("AWS_REGION", client().meta.region_name)
         client.cache_clear()
     if endpoint.startswith("http://"):
         os.environ.setdefault("AWS_ALLOW_HTTP", "true")  # what obstore and other Rust clients ask for
@@ -263,9 +266,16 @@ def delete(url):
     bucket, key = parse(url)
     paths = [item["path"] for item in objects(url).values()] or ([key] if key else [])
     with explained(url), progress(len(paths), f"deleting {url}", "object") as bar:
-        for i in range(0, len(paths), 1000):
-            obstore.delete(store(bucket), paths[i:i + 1000])
-            bar.update(len(paths[i:i + 1000]))
+        for batch in (paths[i:i + 1000] for i in range(0, len(paths), 1000)):
+            for pause in (0.1, 0.5, 2, None):  # the client does not ask again itself: a deletion is a POST
+                try:
+                    obstore.delete(store(bucket), batch)
+                    break
+                except GenericError:
+                    if pause is None:
+                        raise
+                    time.sleep(pause)
+            bar.update(len(batch))
 
 
 def upload(source, url):

@@ -18,7 +18,7 @@ class CancelFit(Exception):
 class Callback:
     """Methods named after the moment (before_fit, before_epoch, after_step, after_epoch, after_fit) get the loop.
 
-    Callbacks run by `order`, smallest first. `loop.history`, `loop.epoch`, `loop.step_loss` and the rest are there to use.
+    Callbacks run by `order`, smallest first. `loop.history`, `loop.epoch`, `loop.step_loss`, `loop.bar` are there to use.
     """
 
     order = 0
@@ -42,19 +42,23 @@ class TrainLoop:
         self.callbacks = []
 
     def fit(self, num_epochs, callbacks=()):
-        """Train for that many epochs; returns the history. A callback that raises CancelFit ends it early."""
-        self.callbacks, self.num_epochs = sorted(callbacks, key=lambda callback: callback.order), num_epochs
-        try:
-            self._call("before_fit")
-            for self.epoch in range(len(self.history) + 1, len(self.history) + num_epochs + 1):
-                self._call("before_epoch")
-                self.history.append({"epoch": self.epoch, **self._train_epoch()})
-                if self.val_loader is not None:
-                    self.history[-1] |= {f"val_{name}": value for name, value in self.evaluate(self.val_loader).items()}
-                self._call("after_epoch")
-        except CancelFit:
-            pass
-        self._call("after_fit")
+        """Train for that many epochs more; returns the history. A callback that raises CancelFit ends it early."""
+        self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
+        last = len(self.history) + num_epochs
+        with progress(num_epochs * len(self.train_loader), "training", "batch") as self.bar:
+            try:
+                self._call("before_fit")
+                while len(self.history) < last:
+                    self.epoch = len(self.history) + 1
+                    self.bar.set_description(f"epoch {self.epoch}/{last}", refresh=False)
+                    self._call("before_epoch")
+                    self.history.append({"epoch": self.epoch, **self._train_epoch()})
+                    if self.val_loader is not None:
+                        self.history[-1] |= {f"val_{name}": value for name, value in self.evaluate(self.val_loader).items()}
+                    self._call("after_epoch")
+            except CancelFit:
+                pass
+            self._call("after_fit")
         return self.history
 
     def step(self, batch):
@@ -72,19 +76,16 @@ class TrainLoop:
 
     def _train_epoch(self):
         total, seen, start, looked = torch.zeros((), device=self.accelerator.device), 0, time.perf_counter(), 0.0
-        with progress(len(self.train_loader), f"epoch {self.epoch}", "batch") as bar:
-            for batch in self.train_loader:
-                self.step_loss = self.step(batch)
-                total += self.step_loss * len(batch[1])
-                seen += len(batch[1])
-                bar.update()
-                self._call("after_step")
-                if (now := time.perf_counter()) - looked > REFRESH:
-                    looked = now
-                    bar.set_postfix_str(f"loss {total.item() / seen:.4f}, {seen / (now - start):,.0f} samples/s", refresh=False)
-            seconds = time.perf_counter() - start
-            loss = total.item() / max(seen, 1)
-            bar.set_postfix_str(f"loss {loss:.4f}, {seen / seconds:,.0f} samples/s")
+        for batch in self.train_loader:
+            self.step_loss = self.step(batch)
+            total += self.step_loss * len(batch[1])
+            seen += len(batch[1])
+            if (now := time.perf_counter()) - looked > REFRESH:
+                looked = now
+                self.bar.set_postfix_str(f"loss {total.item() / seen:.3f}, {seen / (now - start):,.0f}/s", refresh=False)
+            self.bar.update()
+            self._call("after_step")
+        loss, seconds = total.item() / max(seen, 1), time.perf_counter() - start
         return {"train_loss": loss, "train_samples_per_second": seen * self.accelerator.num_processes / seconds}
 
     @torch.inference_mode()
