@@ -1,7 +1,10 @@
 """Images of an S3 prefix as a PyTorch Dataset, and the networks that learn from them."""
 
 import functools
+import itertools
+import multiprocessing
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -9,7 +12,7 @@ import numpy as np
 import obstore
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.models import resnet18
 
 from helpers import experiment, storage
@@ -41,8 +44,8 @@ class S3ImageFolder(Dataset):
     Items are (image, class index): the image (3, H, W) uint8 as `loader` makes it from the object's bytes, then
     `transform`. A DataLoader asks for all of a batch at once (`__getitems__`), so its objects are fetched together.
 
-    on_error: "raise" a StorageError that names the object, or "skip": put another image of the same class in its
-    place, and count it in `skipped` ({url: reason}, of this process).
+    on_error: "raise" a StorageError that names the object, or "skip": put the next image of the same class in its
+    place, warn, and note it in `skipped` ({url: reason}; a worker's are its own, but its warnings are seen).
     Raises StorageError when there is no class folder with images. Other files are counted in `ignored`.
     """
 
@@ -53,6 +56,7 @@ class S3ImageFolder(Dataset):
         self.loader, self.on_error, self.skipped = loader, on_error, {}
         names = storage.objects(self.root)
         images = [name for name in names if "/" in name and name.lower().endswith(EXTENSIONS)]
+        images.sort(key=lambda name: (name.split("/")[0], *name.rpartition("/")))  # a folder's files, then its folders'
         self.ignored = len(names) - len(images)
         self.classes = sorted({name.split("/")[0] for name in images})
         if not images:
@@ -73,6 +77,7 @@ class S3ImageFolder(Dataset):
 
     def __getitems__(self, indices):
         # Fetched and decoded in threads, transformed here in order: random augmentation stays the same for a seed.
+        storage.store(storage.parse(self.root)[0])  # made once, not in every thread; tells of a fork, which is no skip
         items = []
         for index, image in zip(indices, _threads().map(self._load, indices)):
             target = self.samples[index][1]
@@ -80,20 +85,21 @@ class S3ImageFolder(Dataset):
                           self.target_transform(target) if self.target_transform else target))
         return items
 
-    def _load(self, index, tried=()):
-        url, target = self.samples[index]
-        try:
-            return self.loader(fetch(url))
-        except (storage.StorageError, ValueError) as error:
-            if self.on_error == "raise":
-                raise storage.StorageError(f"{url}: {error}" if url not in str(error) else str(error)) from None
-            self.skipped[url] = str(error)
-            tried = {*tried, index}
-            others = (i % len(self) for i in range(index + 1, index + len(self)))
-            other = next((i for i in others if self.targets[i] == target and i not in tried), None)
-            if other is None:
-                raise storage.StorageError(f"No image of the class {self.classes[target]!r} under {self.root} can be read.") from None
-            return self._load(other, tried)
+    def _load(self, index):
+        wanted = self.targets[index]
+        for i in itertools.chain(range(index, len(self)), range(index)):
+            url, target = self.samples[i]
+            if target != wanted or url in self.skipped:
+                continue
+            try:
+                return self.loader(fetch(url))
+            except (OSError, ValueError) as error:
+                reason = str(error) if url in str(error) else f"{url}: {error}"
+                if self.on_error == "raise":
+                    raise storage.StorageError(reason) from None
+                self.skipped[url] = reason
+                warnings.warn(f"skipped {reason}")
+        raise storage.StorageError(f"No image of the class {self.classes[wanted]!r} under {self.root} can be read.")
 
 
 @functools.cache
@@ -109,24 +115,28 @@ def fetch(url):
     """The bytes of one object. Faults of the server are retried; raises StorageError when it cannot be read."""
     bucket, key = storage.parse(url)
     with storage.explained(url):
-        return obstore.get(storage.store(bucket), key).bytes()
+        return bytes(obstore.get(storage.store(bucket), key).bytes())  # obstore's own bytes lack most methods
 
 
 def loader(dataset, batch_size, shuffle=False, num_workers=0, seed=0, **options):
-    """A DataLoader of a dataset on S3; the same seed gives the same order and augmentation.
+    """A DataLoader of a dataset on S3; the same seed gives the same order, however many workers there are.
 
-    Workers come from a fork server, since S3 clients do not survive a fork, and know this process's AWS environment.
+    It gives the same augmentation, too, in workers; without them augmentation follows torch.manual_seed. Workers come
+    from a fork server, since S3 clients do not survive a fork, and have this process's environment.
     """
     workers = {}
     if num_workers:
-        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        multiprocessing.set_forkserver_preload(["__main__", __name__])  # PyTorch is imported once, not by every worker
         workers = dict(multiprocessing_context="forkserver", persistent_workers=True,
-                       worker_init_fn=functools.partial(_start_worker, environment))
-    return DataLoader(dataset, batch_size, shuffle, num_workers=num_workers,
+                       worker_init_fn=functools.partial(_start_worker, dict(os.environ)))
+    # A generator for the order alone: from the loader's own, persistent workers and none draw differently.
+    order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
+    return DataLoader(dataset, batch_size, sampler=order, num_workers=num_workers,
                       generator=torch.Generator().manual_seed(seed), **workers, **options)
 
 
 def _start_worker(environment, worker):
+    os.environ.clear()  # the fork server's, from when it started
     os.environ.update(environment)
 
 

@@ -274,7 +274,8 @@ def index(outcomes: list[Outcome], total: int) -> str:
         "python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),
     }
-    return jinja2.Template(INDEX, autoescape=True, trim_blocks=True, lstrip_blocks=True).render(
+    template = Path(__file__).with_name("index.html.j2").read_text(encoding="utf-8")
+    return jinja2.Template(template, autoescape=True, trim_blocks=True, lstrip_blocks=True).render(
         outcomes=outcomes, total=total, duration=duration, readable=readable, **facts
     )
 
@@ -284,91 +285,6 @@ def readable(value) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
     return str(value)
-
-
-INDEX = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Deep learning on S3: run of {{ when }}</title>
-<style>
-  :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --line: #e3e6eb; --text: #1c2230; --soft: #667085;
-    --link: #0b63ce; --good: #067647; --goodbg: #e7f6ee; --bad: #b42318; --badbg: #fdeceb; }
-  @media (prefers-color-scheme: dark) { :root { --page: #10131a; --card: #191e28; --line: #2b3240; --text: #e6e9ef;
-    --soft: #98a2b3; --link: #7db5ff; --good: #63d69c; --goodbg: #123326; --bad: #ff9a91; --badbg: #3a1a1a; } }
-  * { box-sizing: border-box; overflow-wrap: anywhere; }
-  body { margin: 0 auto; max-width: 84rem; padding: 2.5rem 1.5rem; background: var(--page); color: var(--text);
-    font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-  h1 { margin: 0; font-size: 1.7rem; letter-spacing: -.02em; }
-  h2 { margin: 0; font-size: 1.05rem; line-height: 1.35; flex: 1; }
-  p { margin: .3rem 0 0; color: var(--soft); }
-  a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
-  h2 a { color: inherit; }
-  main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(23rem, 100%), 1fr)); gap: 1.1rem;
-    margin-top: 1.6rem; }
-  article { display: flex; flex-direction: column; gap: .8rem; min-width: 0; padding: 1.1rem 1.2rem;
-    background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
-  .top { display: flex; gap: .8rem; align-items: flex-start; }
-  .pill { padding: .1rem .6rem; border-radius: 99px; font-size: .8rem; font-weight: 600; white-space: nowrap; }
-  .ok { color: var(--good); background: var(--goodbg); }
-  .FAILED, .interrupted, .error { color: var(--bad); background: var(--badbg); }
-  .file { margin-top: -.6rem; font-size: .85rem; }
-  .error { padding: .7rem .8rem; border-radius: 8px; font-size: .85rem; font-weight: 600; }
-  pre { margin: .5rem 0 0; overflow-x: auto; color: var(--text); font: 12px/1.5 ui-monospace, Menlo, monospace;
-    overflow-wrap: normal; }
-  table { border-collapse: collapse; font-size: .88rem; }
-  td { padding: .22rem 0; border-top: 1px solid var(--line); vertical-align: top; }
-  td:first-child { color: var(--soft); padding-right: 1rem; overflow-wrap: normal; }
-  td:last-child { text-align: right; font-variant-numeric: tabular-nums; }
-  .figures { display: flex; gap: .6rem; margin-top: auto; }
-  .figures a { flex: 1; padding: .4rem; background: #fff; border: 1px solid var(--line); border-radius: 8px; }
-  .figures img { display: block; width: 100%; height: 9rem; object-fit: contain; }
-</style>
-</head>
-<body>
-<header>
-  <h1>Deep learning on S3: notebooks</h1>
-  <p>{{ when }} &middot; {{ machine }}, {{ cores }} cores &middot; Python {{ python }} &middot; torch {{ torch }}</p>
-  <p>{{ outcomes | selectattr("status", "equalto", "ok") | list | length }} of {{ total }} ok &middot;
-  {{ duration(outcomes | sum("seconds")) }}</p>
-</header>
-<main>
-{% for outcome in outcomes %}
-{% set page, file = outcome.notebook.stem | urlencode + ".html", outcome.notebook.name %}
-{% set title = outcome.title or outcome.notebook.stem %}
-<article>
-  <div class="top">
-    <h2>{% if outcome.rendered %}<a href="{{ page }}">{{ title }}</a>{% else %}{{ title }}{% endif %}</h2>
-    <span class="pill {{ outcome.status }}">{{ outcome.status }}</span>
-  </div>
-  <p class="file">
-    {% if outcome.rendered %}<a href="{{ file | urlencode }}">{{ file }}</a>{% else %}{{ file }}{% endif %}
-    &middot; {{ duration(outcome.seconds) }}
-  </p>
-  {% if outcome.error %}
-  <div class="error">{{ outcome.error }}{% if outcome.source %}<pre>{{ outcome.source }}</pre>{% endif %}</div>
-  {% endif %}
-  {% if outcome.results %}
-  <table>
-  {% for name, value in outcome.results.items() %}
-    <tr><td>{{ name }}</td><td>{{ readable(value) }}</td></tr>
-  {% endfor %}
-  </table>
-  {% endif %}
-  {% if outcome.figures %}
-  <div class="figures">
-  {% for figure in outcome.figures %}
-    <a href="{{ page }}"><img src="{{ figure }}" alt="a figure of {{ title }}"></a>
-  {% endfor %}
-  </div>
-  {% endif %}
-</article>
-{% endfor %}
-</main>
-</body>
-</html>
-"""
 
 
 def pick(picks: Sequence[str]) -> list[Path]:

@@ -64,14 +64,18 @@ def connect():
     configured = any(os.environ.get(name) for name in names) or boto3.Session().available_profiles
     if not configured:
         os.environ.update(serve(REPOSITORY / ".s3"))
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or boto3.Session().region_name or "us-east-1"
-    os.environ |= {"AWS_REGION": region, "AWS_DEFAULT_REGION": region}  # boto3 reads the one, others the other
-    os.environ.setdefault("AWS_RETRY_MODE", "standard")
-    os.environ.setdefault("AWS_MAX_ATTEMPTS", "10")
     client.cache_clear()
     store.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    endpoint = client().meta.endpoint_url
+    try:
+        boto3.setup_default_session()  # each library keeps what it read of the environment before: make them read it again
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or boto3.Session().region_name or "us-east-1"
+        os.environ |= {"AWS_REGION": region, "AWS_DEFAULT_REGION": region}  # boto3 reads the one, others the other
+        os.environ.setdefault("AWS_RETRY_MODE", "standard")
+        os.environ.setdefault("AWS_MAX_ATTEMPTS", "10")
+        endpoint = client().meta.endpoint_url
+    except (BotoCoreError, ValueError) as error:
+        raise StorageError(f"{error}: check AWS_ENDPOINT_URL (http://host:port) and AWS_PROFILE.") from None
     if not endpoint.endswith(".amazonaws.com"):  # servers other than AWS may not know its newer checksums
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
@@ -127,7 +131,8 @@ def serve(directory):
     if not said.startswith("http://"):
         raise StorageError(f"The embedded server did not start over {directory}: {said or 'no word from rclone'}")
     _servers.append(watchdog)
-    return {"AWS_ENDPOINT_URL": said, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
+    direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"]))
+    return {"AWS_ENDPOINT_URL": said, "no_proxy": direct, "NO_PROXY": direct, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true",
             "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"}
 
@@ -147,7 +152,8 @@ def store(bucket):
     if _forked:
         raise StorageError("S3 was used before this process was forked and would hang here: "
                            'use images.loader, or multiprocessing_context="forkserver" in your DataLoader.')
-    session, endpoint = boto3.Session(), client().meta.endpoint_url
+    global _used
+    session, endpoint, _used = boto3.Session(), client().meta.endpoint_url, True
     return S3Store(bucket, endpoint=endpoint, region=client().meta.region_name,
                    credential_provider=Boto3CredentialProvider(session) if session.get_credentials() else None,
                    client_options={"allow_http": endpoint.startswith("http://"), "timeout": "120s"},
@@ -156,11 +162,11 @@ def store(bucket):
 
 def _after_fork():
     global _forked
-    _forked = store.cache_info().currsize > 0
+    _forked = _forked or _used
     store.cache_clear()
 
 
-_forked = False
+_used = _forked = False
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
@@ -175,7 +181,7 @@ def explained(url):
         yield
     except StorageError:
         raise
-    except (BotoCoreError, ClientError, ObstoreError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except (BotoCoreError, ClientError, ObstoreError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise _explain(url, error) from None
 
 
@@ -187,7 +193,7 @@ def _explain(url, error):
     code = next((group for group in found.groups() if group), "") if found else type(error).__name__
 
     if code == "NoSuchBucket" or (bucket and "bucket does not exist" in text):
-        return NotFound(f"There is no bucket {bucket!r} at {endpoint}: check the name, or create it (notebook 01 does).")
+        return NotFound(f"There is no bucket {bucket!r} at {endpoint}: check the name, or create it with notebook 01 (make run NOTEBOOKS=01).")
     if code in ("NoSuchKey", "404", "NotFound", "NotFoundError", "FileNotFoundError"):
         return NotFound(f"There is no {url}" + (f" at {endpoint}: check the name." if bucket else ": check the path."))
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "UnauthenticatedError"):
@@ -256,9 +262,26 @@ def delete_bucket(name, contents=False):
 def objects(url):
     """The objects under a prefix, {name relative to it: {"path", "size", "e_tag", "last_modified", …}}, sorted by name."""
     bucket, prefix = parse(url)
+    found = []
+
+    def rest():
+        after = found[-1]["path"] if found else None
+        for page in obstore.list(store(bucket), prefix or None, offset=after, chunk_size=1000):
+            found.extend(page)
+
     with explained(url):
-        found = [item for page in obstore.list(store(bucket), prefix or None, chunk_size=1000) for item in page]
+        _again(rest)
     return {item["path"][len(prefix) + 1 if prefix else 0:]: item for item in sorted(found, key=lambda item: item["path"])}
+
+
+def _again(call):
+    """Call, and again up to three times when the connection breaks: obstore itself repeats neither lists nor deletions."""
+    for pause in (0.1, 0.5, 2):
+        try:
+            return call()
+        except GenericError:
+            time.sleep(pause)
+    return call()
 
 
 def delete(url):
@@ -267,15 +290,12 @@ def delete(url):
     paths = [item["path"] for item in objects(url).values()] or ([key] if key else [])
     with explained(url), progress(len(paths), f"deleting {url}", "object") as bar:
         for batch in (paths[i:i + 1000] for i in range(0, len(paths), 1000)):
-            for pause in (0.1, 0.5, 2, None):  # the client does not ask again itself: a deletion is a POST
-                try:
-                    obstore.delete(store(bucket), batch)
-                    break
-                except GenericError:
-                    if pause is None:
-                        raise
-                    time.sleep(pause)
+            _again(lambda: obstore.delete(store(bucket), batch))
             bar.update(len(batch))
+        # What is left are the empty objects that stand for folders: obstore lists them without the slash at their end.
+        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/" if key else ""):
+            for item in page.get("Contents", ()):
+                client().delete_object(Bucket=bucket, Key=item["Key"])
 
 
 def upload(source, url):
@@ -345,7 +365,8 @@ def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
     """
     with explained(archive):
         filesystem, path = fsspec.url_to_fs(str(archive))
-        file = filesystem.open(path, "rb", block_size=PART // 2, cache_type="blockcache")
+        file = filesystem.open(path, "rb", block_size=PART // 2, cache_type="blockcache",
+                               cache_options={"maxblocks": 8})
     with file:
         try:
             zipped = zipfile.ZipFile(file)
@@ -354,7 +375,7 @@ def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
         names, ignored = {}, Counter()
         for info in zipped.infolist():
             name = info.filename.replace("\\", "/")
-            parts = name.split("/")
+            parts = [part for part in name.split("/") if part not in ("", ".")]
             if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in parts:
                 raise StorageError(f"{archive}: the member {name!r} would leave the folder: refused.")
             if info.flag_bits & 1:
@@ -362,10 +383,12 @@ def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
             if info.file_size > max(max_ratio * info.compress_size, 2**20):
                 raise StorageError(f"{archive}: the member {name!r} unpacks to over {max_ratio} times its size: refused "
                                    "as a zip bomb (raise max_ratio if you trust it).")
-            if info.is_dir():
+            if name.endswith("/"):
                 ignored["folders"] += 1
-            elif "__MACOSX" in parts or any(part.startswith(".") for part in parts):
+            elif "__MACOSX" in parts or any(part.startswith(".") or part == "Icon\r" for part in parts):
                 ignored["hidden files"] += 1
+            elif re.search(r"[\x00-\x1f\x7f]", name):
+                raise StorageError(f"{archive}: the member {name!r} has control characters in its name: rename it.")
             elif names.setdefault(tuple(parts), info) is not info:
                 raise StorageError(f"{archive}: the member {name!r} is in it twice: refused.")
         if (total := sum(info.file_size for info in names.values())) > max_bytes:
@@ -374,7 +397,7 @@ def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
         ignored["files outside class folders"] = len(names) - len(named)
         print(f"{Path(archive).name}: {layout}; {len(named):,} files, ignored: "
               + (", ".join(f"{count} {what}" for what, count in ignored.items() if count) or "nothing"))
-        split_already = "train/" in layout
+        split_already = layout.startswith("split")
         counts = _put_all([("/".join(parts if split_already else ("raw", *parts)), info.file_size,
                             functools.partial(zipped.open, info)) for parts, info in named.items()],
                           url, f"unzipping {Path(archive).name}")
@@ -410,7 +433,7 @@ def split(url, ratios=(0.7, 0.15, 0.15), seed=0):
     if len(ratios) != 3 or min(ratios) <= 0 or abs(sum(ratios) - 1) > 1e-6:
         raise StorageError(f"The ratios of train, val and test must be above 0 and add up to 1, not {ratios}.")
     bucket, prefix = parse(url)
-    raw = objects(f"{url}/raw")
+    raw = {name: item for name, item in objects(f"{url}/raw").items() if "/" in name}
     if not raw:
         raise StorageError(f"There is nothing to split at {url}/raw: put class folders there first (storage.unzip does).")
     plan = {}
@@ -432,7 +455,8 @@ def split(url, ratios=(0.7, 0.15, 0.15), seed=0):
             changed = [name for name in record if before and before[name] != record[name]] or ["images"]
             raise StorageError(f"{url} is split already, with other {' and '.join(changed)}: to split it anew, first delete "
                                f"{url}/train, /val, /test and /split.json (storage.delete), or use another dataset name.")
-        obstore.put(store(bucket), f"{prefix}/split.json", json.dumps(record, indent=1).encode())
+        if before is None:
+            obstore.put(store(bucket), f"{prefix}/split.json", json.dumps(record, indent=1).encode())
 
     can_copy = threading.Event()
     can_copy.set()

@@ -40,6 +40,7 @@ class TrainLoop:
         self.metrics = MetricCollection(metrics or {}).to(self.accelerator.device)
         self.history = []  # a dict per epoch: epoch, train_loss, val_loss, val_{metric}, …
         self.callbacks = []
+        self._prepared = {}  # the loaders of `evaluate` and `predict`
 
     def fit(self, num_epochs, callbacks=()):
         """Train for that many epochs more; returns the history. A callback that raises CancelFit ends it early."""
@@ -109,7 +110,9 @@ class TrainLoop:
 
     def _outputs(self, loader):
         self.model.eval()
-        for inputs, targets in self.accelerator.prepare(loader):
+        if id(loader) not in self._prepared:  # once: every time would start the loader's workers anew
+            self._prepared[id(loader)] = loader, self.accelerator.prepare(loader)
+        for inputs, targets in self._prepared[id(loader)][1]:
             yield self.accelerator.gather_for_metrics((self.model(inputs), targets))
 
     def _call(self, moment):
@@ -120,6 +123,8 @@ class TrainLoop:
 
 class EarlyStopping(Callback):
     """End training when a number in the history has not got better for `patience` epochs (smaller is better for losses)."""
+
+    order = 100  # after those that keep what the epoch brought
 
     def __init__(self, monitor="val_loss", patience=3):
         self.monitor, self.patience = monitor, patience

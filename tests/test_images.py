@@ -1,0 +1,376 @@
+"""Images from the embedded server: the dataset, its loader and workers, every kind of file, and the networks."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+import warnings
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from servers.embedded import connected
+from servers.fault_proxy import fault_proxy
+from torchvision.datasets import ImageFolder
+
+from helpers import experiment, images, storage
+
+TREE = ["ant/z.png", "ant/10.png", "ant/9.png", "ant/B.PNG", "ant/sub/a.png", "ant/sub b/c.png",
+        "ant/sub/deep/er/d.png", "ant/sub-1/e.png", "Zebra/a.png", "bee/b+c & d%20é.png", "bee/.hidden.png",
+        "bee hive/1.png", "bee-2/1.png"]
+PIXELS = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8), (0, 0), 3)
+PIXELS = cv2.normalize(PIXELS, None, 0, 255, cv2.NORM_MINMAX)  # smooth, so that JPEG keeps it, in all of the range
+
+
+def png(number, size=16):
+    """A PNG that no other number has."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), np.uint8)
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def put(key, data):
+    storage.client().put_object(Bucket="pictures", Key=key, Body=data)
+
+
+def same(one, other):
+    """Whether the items are the same: images, targets and order."""
+    return len(one) == len(other) and all(torch.equal(a, b) and s == t for (a, s), (b, t) in zip(one, other))
+
+
+def items(loader):
+    """The items of all batches of an epoch."""
+    return [(image, int(target)) for batch, targets in loader for image, target in zip(batch, targets)]
+
+
+class Noise:
+    """A random augmentation that workers can be given."""
+
+    def __call__(self, image):
+        return image + torch.rand(())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def directory(tmp_path_factory):
+    """A connected server and the folder that it serves: buckets and objects are folders and files."""
+    directory = tmp_path_factory.mktemp("served")
+    with connected(storage.serve(directory)):
+        storage.create_bucket("pictures")
+        for number, name in enumerate(TREE):
+            put(f"tree/{name}", png(number))
+        for name in "readme.md", "top.png", "ant/notes.txt", "ant/sub/Thumbs.db":
+            put(f"tree/{name}", b"no image of a class")
+        for number in range(36):
+            put(f"plain/{'abc'[number % 3]}/{number:02}.png", png(number))
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def plain(directory):
+    """36 images of 3 classes."""
+    return images.S3ImageFolder("s3://pictures/plain")
+
+
+@pytest.fixture
+def spoilt(request):
+    """A folder of this test alone: 4 images of `good`, 4 of `bad`, of which 1 is corrupt, 2 is empty and 3 is gone."""
+    prefix = f"spoilt/{request.node.name}"
+    for number in range(8):
+        put(f"{prefix}/{'bad' if number < 4 else 'good'}/{number}.png", png(number))
+    put(f"{prefix}/bad/1.png", png(1)[:300])
+    put(f"{prefix}/bad/2.png", b"")
+
+    def dataset(**options):
+        put(f"{prefix}/bad/3.png", b"")
+        folder = images.S3ImageFolder(f"s3://pictures/{prefix}", **options)
+        storage.client().delete_object(Bucket="pictures", Key=f"{prefix}/bad/3.png")
+        return folder
+
+    return dataset
+
+
+# ----------------------------------------------------------------------------------------------------- the dataset
+
+
+def test_classes_targets_and_order_are_those_of_torchvisions_image_folder(directory):
+    ours = images.S3ImageFolder("s3://pictures/tree/")
+    theirs = ImageFolder(directory / "pictures" / "tree")
+    assert len(ours) == len(TREE)
+    assert (ours.classes, ours.class_to_idx, ours.targets) == (theirs.classes, theirs.class_to_idx, theirs.targets)
+    local = f"{directory}/pictures/"
+    assert ours.samples == [(path.replace(local, "s3://pictures/"), target) for path, target in theirs.samples]
+
+
+def test_files_that_are_no_images_or_in_no_class_are_ignored_and_counted():
+    assert images.S3ImageFolder("s3://pictures/tree").ignored == 4
+
+
+def test_items_are_what_opencv_decodes_of_the_same_bytes_and_batches_are_their_items(directory):
+    folder = images.S3ImageFolder("s3://pictures/tree")
+    for index, (url, target) in enumerate(folder.samples):
+        pixels = cv2.cvtColor(cv2.imread(str(directory / url.removeprefix("s3://"))), cv2.COLOR_BGR2RGB)
+        assert same([folder[index]], [(torch.from_numpy(pixels).permute(2, 0, 1), target)])
+    assert same(folder.__getitems__([5, 0, 5, 12]), [folder[5], folder[0], folder[5], folder[12]])
+    assert same(items(images.loader(folder, 5)), list(map(folder.__getitem__, range(len(folder)))))
+
+
+def test_an_empty_prefix_is_an_error_that_names_notebook_01():
+    put("only/files.png", png(0))
+    for url in "s3://pictures/none", "s3://pictures/only":
+        with pytest.raises(storage.StorageError, match=f"{url}.*notebook 01"):
+            images.S3ImageFolder(url)
+
+
+def test_transforms_are_applied_in_the_order_of_the_indices_however_the_images_come_in(plain):
+    def slow_at_first(data):
+        time.sleep(0.2 if data == png(0) else 0)
+        return images.decode(data)
+
+    order = []
+    folder = images.S3ImageFolder("s3://pictures/plain", lambda image: order.append(image) or len(order),
+                                  loader=slow_at_first, target_transform=lambda target: f"class {target}")
+    assert folder.__getitems__([0, 7, 20, 3]) == [(1, "class 0"), (2, "class 0"), (3, "class 1"), (4, "class 0")]
+    assert all(torch.equal(image, plain[i][0]) for image, i in zip(order, [0, 7, 20, 3]))
+
+
+def test_the_seed_decides_order_and_augmentation():
+    folder = images.S3ImageFolder("s3://pictures/plain", Noise())
+
+    def epochs(seed):
+        torch.manual_seed(seed)
+        loader = images.loader(folder, 8, shuffle=True, seed=seed)
+        return items(loader), items(loader)
+
+    (first, second), (first_again, second_again), (other, _) = epochs(1), epochs(1), epochs(2)
+    assert same(first, first_again) and same(second, second_again)
+    targets = [[target for _, target in epoch] for epoch in (first, second, other)]
+    assert targets[0] != targets[1] and targets[0] != targets[2]
+
+
+def test_transient_faults_of_the_server_do_not_show(plain):
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"], slow_down_every=3, reset_every=7, truncate_every=5) as proxy:
+        with connected(os.environ | {"AWS_ENDPOINT_URL": proxy.url}):
+            shown = items(images.loader(images.S3ImageFolder("s3://pictures/plain"), 36))
+        assert min(proxy.slow_downs, proxy.resets, proxy.truncations) > 2
+    assert same(shown, [(images.decode(png(int(url[-6:-4]))), target) for url, target in plain.samples])
+
+
+# ------------------------------------------------------------------------------------------- images that cannot be read
+
+
+def test_an_image_that_is_corrupt_empty_or_gone_is_an_error_with_its_url(spoilt):
+    folder = spoilt()
+    assert len(folder) == 8
+    for index in 1, 2, 3:
+        with pytest.raises(storage.StorageError, match=re.escape(folder.samples[index][0])):
+            folder[index]
+    assert len(folder.__getitems__([0, 4, 5])) == 3
+
+
+def test_skip_puts_the_next_image_of_the_class_in_the_place_and_reports_every_url(spoilt):
+    asked = []
+    folder = spoilt(on_error="skip", loader=lambda data: asked.append(data) or images.decode(data))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        got = [items(images.loader(folder, 8))]
+        asked.clear()
+        got += [items(images.loader(folder, 3))]
+    good = [(images.decode(png(number)), int(number > 3)) for number in (0, 0, 0, 0, 4, 5, 6, 7)]
+    bad = [url for url, _ in folder.samples[1:4]]
+    assert same(got[0], good) and same(got[1], good)
+    assert set(asked) == {png(number) for number in (0, 4, 5, 6, 7)}  # those that are known to be bad no more
+    assert sorted(folder.skipped) == bad and all(url in reason for url, reason in folder.skipped.items())
+    assert {str(warning.message) for warning in said} == {f"skipped {reason}" for reason in folder.skipped.values()}
+
+
+def test_skip_ends_with_an_error_when_no_image_of_a_class_can_be_read(spoilt):
+    def decode(data):
+        if data in map(png, range(4, 8)):
+            return images.decode(data)
+        raise OSError("a custom loader's words")
+
+    folder = spoilt(on_error="skip", loader=decode)
+    with pytest.warns(UserWarning) as said, pytest.raises(OSError, match="class 'bad'"):
+        folder.__getitems__([4, 0])
+    assert len(said) == len(folder.skipped) == 4 and "custom" in folder.skipped[folder.samples[0][0]]
+    assert len(folder.__getitems__([4, 5, 6, 7])) == 4
+
+
+def test_on_error_takes_no_other_word():
+    with pytest.raises(ValueError, match="on_error"):
+        images.S3ImageFolder("s3://pictures/plain", on_error="ignore")
+
+
+# ------------------------------------------------------------------------------------------------------------ workers
+
+
+def test_workers_give_the_same_items_in_the_same_order_in_every_epoch(plain):
+    here = items(images.loader(plain, 5))
+    loader = images.loader(plain, 5, num_workers=2)
+    assert same(items(loader), here) and same(items(loader), here)
+    here, there = (images.loader(plain, 5, shuffle=True, num_workers=workers) for workers in (0, 2))
+    assert same(items(here), items(there)) and same(items(here), items(there))
+
+
+def test_workers_augment_alike_for_the_same_seed():
+    folder = images.S3ImageFolder("s3://pictures/plain", Noise())
+    one, again, other = (items(images.loader(folder, 5, shuffle=True, num_workers=2, seed=seed)) for seed in (1, 1, 2))
+    assert same(one, again) and not same(one, other)
+
+
+def script(directory, text):
+    """Run a program of its own, connected to nothing yet."""
+    (directory / "script.py").write_text(text)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    env |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+    return subprocess.run([sys.executable, "script.py"], cwd=directory, env=env, capture_output=True, text=True,
+                          timeout=60)
+
+
+def test_workers_use_the_server_connected_last_and_their_skips_are_seen(tmp_path):
+    (tmp_path / "config").write_text("[profile of_before]\nregion = eu-west-1\n")
+    done = script(tmp_path, """
+import os, cv2, numpy
+from helpers import images, storage
+
+def read(size):
+    os.environ.update(storage.serve(f"served{size}"))
+    storage.connect()
+    storage.create_bucket("pictures")
+    image = cv2.imencode(".png", numpy.zeros((size, size, 3)))[1].tobytes()
+    for name, data in ("bad", b"no image"), ("good", image):
+        storage.client().put_object(Bucket="pictures", Key=f"class/{name}.png", Body=data)
+    folder = images.S3ImageFolder("s3://pictures", on_error="skip")
+    print([list(batch.shape) for batch, _ in images.loader(folder, 2, num_workers=1)])
+
+if __name__ == "__main__":
+    os.environ |= {"AWS_PROFILE": "of_before", "AWS_CONFIG_FILE": "config"}
+    read(5)
+    for name in "AWS_PROFILE", "AWS_CONFIG_FILE":
+        del os.environ[name]
+    os.remove("config")
+    read(6)
+""")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[[2, 3, 5, 5]]", "[[2, 3, 6, 6]]"]
+    assert done.stderr.count("UserWarning: skipped s3://pictures/class/bad.png: not an image") == 2
+
+
+def test_a_loader_that_forks_is_told_what_to_do_instead_of_hanging(tmp_path):
+    done = script(tmp_path, """
+import os, cv2, numpy
+from torch.utils.data import DataLoader
+from helpers import images, storage
+os.environ.update(storage.serve("served"))
+storage.connect()
+storage.create_bucket("pictures")
+for number in range(4):
+    image = cv2.imencode(".png", numpy.zeros((8, 8, 3)))[1].tobytes()
+    storage.client().put_object(Bucket="pictures", Key=f"class/{number}.png", Body=image)
+for on_error in "raise", "skip":
+    folder = images.S3ImageFolder("s3://pictures", on_error=on_error)
+    assert len(list(images.loader(folder, 2))) == 2
+    try:
+        list(DataLoader(folder, 2, num_workers=1, multiprocessing_context="fork"))
+    except storage.StorageError as error:
+        print(error)
+""")
+    assert len(re.findall("S3 was used before .* forked .* use images.loader", done.stdout)) == 2, done.stderr
+    assert "skipped" not in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------- kinds of files
+
+
+def pillow(pixels, kind, mode=None, **options):
+    """The pixels in a file that Pillow writes."""
+    data = io.BytesIO()
+    image = Image.fromarray(pixels)
+    image = image.quantize(256, dither=Image.Dither.NONE) if mode == "P" else image.convert(mode) if mode else image
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+GREY = PIXELS[..., 0]
+ALPHA = np.full_like(GREY, 7)
+WIDE = PIXELS.astype(np.uint16) * 256 + 128
+FILES = {  # the file and how far its pixels may be from the original, at most
+    "PNG": (pillow(PIXELS, "png"), PIXELS, 0),
+    "PNG of a palette": (pillow(PIXELS, "png", "P"), PIXELS, 24),
+    "PNG with alpha": (pillow(np.dstack([PIXELS, ALPHA]), "png"), PIXELS, 0),
+    "grey PNG": (pillow(GREY, "png"), GREY, 0),
+    "grey PNG with alpha": (pillow(np.dstack([GREY, ALPHA]), "png"), GREY, 0),
+    "PNG of 16 bits": (cv2.imencode(".png", WIDE[..., ::-1])[1].tobytes(), PIXELS, 1),
+    "grey PNG of 16 bits": (cv2.imencode(".png", WIDE[..., 0])[1].tobytes(), GREY, 1),
+    "PNG of 16 bits with alpha": (cv2.imencode(".png", np.dstack([WIDE[..., ::-1], WIDE[..., 0]]))[1].tobytes(),
+                                  PIXELS, 1),
+    "PNG of 1 bit": (pillow(GREY, "png", "1"), None, None),
+    "JPEG": (pillow(PIXELS, "jpeg", quality=100, subsampling=0), PIXELS, 8),
+    "grey JPEG": (pillow(GREY, "jpeg", quality=100), GREY, 8),
+    "CMYK JPEG": (pillow(PIXELS, "jpeg", "CMYK", quality=100), PIXELS, 40),
+    "WebP": (pillow(PIXELS, "webp", lossless=True), PIXELS, 0),
+    "WebP with alpha": (pillow(np.dstack([PIXELS, ALPHA]), "webp", lossless=True, exact=True), PIXELS, 0),
+    "BMP": (pillow(PIXELS, "bmp"), PIXELS, 0),
+    "grey BMP": (pillow(GREY, "bmp"), GREY, 0),
+    "TIFF": (pillow(PIXELS, "tiff"), PIXELS, 0),
+    "PPM": (pillow(PIXELS, "ppm"), PIXELS, 0),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_kind_of_file_becomes_three_planes_of_bytes_in_rgb(kind):
+    data, pixels, most = FILES[kind]
+    image = images.decode(data)
+    assert image.shape == (3, 20, 24) and image.dtype == torch.uint8 and image.is_contiguous()
+    if pixels is not None:
+        expected = pixels if pixels.ndim == 3 else np.dstack([pixels] * 3)
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).max() <= most
+
+
+def test_size_makes_the_image_a_square_and_leaves_one_that_is_so_already():
+    assert images.decode(FILES["JPEG"][0], size=8).shape == (3, 8, 8)
+    assert images.decode(FILES["grey PNG"][0], size=50).shape == (3, 50, 50)
+    assert torch.equal(images.decode(png(1), size=16), images.decode(png(1)))
+    halved = images.decode(png(1), size=8).float()
+    assert (halved - torch.nn.functional.avg_pool2d(images.decode(png(1)).float(), 2)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", png(0)[:40], png(0)[:-30], FILES["JPEG"][0][:200]],
+                         ids=["empty", "text", "head of a PNG", "PNG cut off", "JPEG cut off"])
+def test_what_is_no_whole_image_is_a_value_error(data):
+    with pytest.raises(ValueError, match="not an image"):
+        images.decode(data)
+
+
+# ----------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("architecture", images.ARCHITECTURES)
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_networks_take_images_of_any_size(architecture, size):
+    assert images.build(architecture, 7).eval()(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+def test_an_unknown_architecture_is_an_error_that_names_those_there_are():
+    with pytest.raises(ValueError, match="'vgg'.*small_cnn, resnet18"):
+        images.build("vgg", 7)
+
+
+@pytest.mark.parametrize("architecture", images.ARCHITECTURES)
+def test_a_model_comes_back_with_the_same_outputs_and_ready_to_predict(architecture):
+    model, inputs = images.build(architecture, 3), torch.rand(4, 3, 32, 32)
+    model(inputs)  # gives the batch norms some statistics
+    url = f"s3://pictures/models/{architecture}"
+    config = {"architecture": architecture, "classes": ["a", "b", "c"], "mean": [0.5]}
+    experiment.save_model(model, url, **config)
+    loaded, loaded_config = images.load_model(url)
+    assert loaded_config == config and not loaded.training
+    assert torch.equal(loaded(inputs), model.eval()(inputs))
+
+
+def test_a_model_that_is_not_there_is_an_error_that_names_notebook_02():
+    with pytest.raises(storage.NotFound, match="s3://pictures/models/none.*notebook 02"):
+        images.load_model("s3://pictures/models/none")

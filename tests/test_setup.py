@@ -1,0 +1,74 @@
+"""The two commands and the files they stand on: Makefile, lock, environment.yml."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = (ROOT / "requirements.lock").read_text().splitlines()
+
+
+def make(*arguments):
+    return subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_lock_holds_names_versions_and_markers_only_and_the_command_that_makes_it():
+    assert LOCK[0].startswith("# uv pip compile pyproject.toml --universal")
+    for line in LOCK[1:]:
+        [specifier] = Requirement(line).specifier
+        assert specifier.operator == "==" and not Requirement(line).url and not Requirement(line).extras
+
+
+def test_the_lock_asks_for_cuda_on_linux_only():
+    cuda = [Requirement(line) for line in LOCK[1:] if re.match("nvidia|cuda|triton", line)]
+    assert len(cuda) > 10
+    for platform in ("darwin", "win32"):
+        assert not any(requirement.marker.evaluate({"sys_platform": platform, "python_full_version": "3.11.7"}) for requirement in cuda)
+
+
+def test_every_dependency_of_the_project_is_in_the_lock_at_a_version_it_allows():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    locked = {}
+    for requirement in map(Requirement, LOCK[1:]):
+        locked.setdefault(requirement.name, []).append(requirement.specifier)
+    for wanted in map(Requirement, project["dependencies"] + sum(project["optional-dependencies"].values(), [])):
+        for specifier in locked[wanted.name]:
+            assert wanted.specifier.contains(str(specifier).removeprefix("=="))
+
+
+def test_environment_yml_is_python_and_pip_then_the_lock_and_the_project(tmp_path):
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert conda == ["python=3.11", "pip"]
+    assert pip == {"pip": ["-r requirements.lock", "-e ."]}
+    # conda hands this section to pip as a requirements file beside environment.yml: pip finds nothing left to install
+    # in the environment that `make setup` made, so both are the same.
+    requirements = ROOT / "condaenv.requirements.txt"
+    try:
+        requirements.write_text("\n".join(pip["pip"]))
+        said = subprocess.run([sys.executable, "-m", "pip", "install", "--dry-run", "--no-build-isolation", "-r", requirements],
+                              cwd=ROOT, capture_output=True, text=True)
+    finally:
+        requirements.unlink()
+    assert said.returncode == 0, said.stderr
+    would = re.findall("Would install (.*)", said.stdout)
+    assert not would or re.fullmatch(r"s3-deep-learning-notebooks-[\d.]+", would[0].strip())
+
+
+def test_make_passes_notebooks_and_parameters_on():
+    command = make("run", "NOTEBOOKS=02 03", "ARGS=-p epochs 3").splitlines()[-1]
+    assert command.split()[1:] == "-m helpers.run 02 03 -p epochs 3".split()
+
+
+def test_a_second_make_installs_nothing():
+    assert "pip install" not in make("run") + make("test") + make("lab")
+
+
+def test_ci_calls_the_readmes_test_command():
+    assert "\nmake test" in (ROOT / "README.md").read_text()
+    assert "\nmake test" in (ROOT / ".ci/run").read_text()

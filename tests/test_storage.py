@@ -1,0 +1,905 @@
+"""helpers.storage on real servers: the embedded one (rclone), moto and, where it is installed, Ceph.
+
+Requests go over HTTP, faults come from a proxy in between, and processes are killed for real; nothing is mocked.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import urllib.parse
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import boto3
+import fsspec
+import obstore
+import pytest
+from servers import free_port, listening
+from servers.fault_proxy import fault_proxy
+
+from helpers import storage
+
+MB = 2**20
+ROOT = Path(storage.__file__).parents[1]
+NULL = {"AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_CONFIG_FILE": os.devnull}
+FAULTS = {"slow_down_every": 3, "reset_every": 7, "truncate_every": 5, "no_copy": True}
+WRONG = secrets.token_hex(20)
+PETS = {"cats/1.png": b"cat one", "cats/2.png": b"cat two", "dogs/1.png": b"dog one"}
+
+# Its argument is the folder that has the .s3; it tells its environment, outlives Ctrl-C and ends with its input.
+OWNER = """
+import json, os, sys
+from pathlib import Path
+from helpers import storage
+storage.REPOSITORY = Path(sys.argv[1])
+storage.connect()
+print(json.dumps({name: value for name, value in os.environ.items() if "AWS" in name}), flush=True)
+while True:
+    try:
+        sys.exit(sys.stdin.read() or 0)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+# ---------------------------------------------------------------------------------------------- servers and helpers
+
+
+@pytest.fixture(autouse=True)
+def clean_environment():
+    """No setting of the person who runs the tests gets in, none of a test gets out."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
+            del os.environ[name]
+    os.environ.update(NULL)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def served_folder(tmp_path_factory):
+    """What the embedded server of `embedded_env` serves: its folders are the buckets."""
+    return tmp_path_factory.mktemp("embedded")
+
+
+@pytest.fixture(scope="session")
+def embedded_env(served_folder):
+    """The environment variables of a running embedded server."""
+    return storage.serve(served_folder)
+
+
+@pytest.fixture(params=["embedded", "moto", "ceph"])
+def s3(request):
+    """A new bucket, as URL; this process is connected to the server in question."""
+    connect(request.getfixturevalue(f"{request.param}_env"))
+    return new_bucket()
+
+
+embedded = pytest.mark.parametrize("s3", ["embedded"], indirect=True)
+moto = pytest.mark.parametrize("s3", ["moto"], indirect=True)
+ceph = pytest.mark.parametrize("s3", ["ceph"], indirect=True)
+both = pytest.mark.parametrize("s3", ["embedded", "moto"], indirect=True)
+buckets = pytest.mark.parametrize("s3", ["moto", "ceph"], indirect=True)  # whose keys are no paths on a disk
+strict = pytest.mark.parametrize("s3", ["embedded", "ceph"], indirect=True)  # these check keys
+
+
+def connect(env, **more):
+    """Connect this process with these settings."""
+    os.environ.update({**env, **more})
+    storage.connect()
+
+
+def new_bucket():
+    name = f"test-{secrets.token_hex(6)}"
+    storage.create_bucket(name)
+    return f"s3://{name}"
+
+
+def put(url, members):
+    """Put {name: content} under a prefix, with boto3."""
+    bucket, prefix = storage.parse(url)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: storage.client().put_object(
+            Bucket=bucket, Key=f"{prefix}/{name}".lstrip("/"), Body=members[name]), members))
+
+
+def listed(url):
+    """What is under a prefix, listed with boto3: {name: (size, ETag, time)}."""
+    bucket, prefix = storage.parse(url)
+    pages = storage.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return {item["Key"].removeprefix(prefix).lstrip("/"): (item["Size"], item["ETag"], item["LastModified"])
+            for page in pages for item in page.get("Contents", ())}
+
+
+def content(url):
+    """What is under a prefix, read with boto3: {name: SHA-256}."""
+    bucket, prefix = storage.parse(url)
+
+    def digest(name):
+        body, sha = storage.client().get_object(Bucket=bucket, Key=f"{prefix}/{name}".lstrip("/"))["Body"], hashlib.sha256()
+        for block in body.iter_chunks(MB):
+            sha.update(block)
+        return sha.hexdigest()
+
+    names = list(listed(url))
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(names, pool.map(digest, names)))
+
+
+def digests(members):
+    """What `content` shall be: {name: SHA-256} of {name: bytes}."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+
+
+def folder(path, members):
+    """Write {name: bytes} into a folder."""
+    for name, data in members.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def zipped(path, members, compression=zipfile.ZIP_DEFLATED):
+    """A zip of [(name, bytes)] or {name: bytes}."""
+    with zipfile.ZipFile(path, "w", compression) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name that is there twice
+        for name, data in members.items() if isinstance(members, dict) else members:
+            archive.writestr(name, data)
+    return path
+
+
+@contextlib.contextmanager
+def refused(*words, kind=storage.StorageError):
+    """A StorageError of one sentence with these words, with neither a secret nor botocore's own traceback in it."""
+    with pytest.raises(kind) as caught:
+        yield
+    said, shown = str(caught.value), "".join(traceback.format_exception(caught.value))
+    assert "\n" not in said and len(said) <= 300
+    assert not [word for word in words if word not in said], said
+    assert "botocore.exceptions" not in shown and "site-packages" not in shown
+    assert os.environ.get("AWS_SECRET_ACCESS_KEY", "no secret") not in shown
+
+
+def start(code, *arguments, env=None, **options):
+    """A Python process with a clean environment, leader of its own process group."""
+    clean = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, env={**clean, **NULL, "PYTHONPATH": str(ROOT), **(env or {})},
+                            **options)
+
+
+def finish(code, *arguments, env, seconds=60):
+    """Run a Python process to its end; returns what it has printed last."""
+    with start(code, *arguments, env=env, stderr=subprocess.PIPE) as process:
+        try:
+            out, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    assert process.returncode == 0, errors[-2000:]
+    return out.splitlines()[-1]
+
+
+def aws():
+    """The settings of this process, for another one."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
+@contextlib.contextmanager
+def owner(directory, **env):
+    """A process with its embedded server over directory/.s3: process, the line it has printed, and its settings."""
+    with start(OWNER, directory, env=env, stdin=subprocess.PIPE) as process:
+        try:
+            yield process, process.stdout.readline(), json.loads(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def soon(true, seconds):
+    """Whether it becomes true within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return true()
+
+
+# ------------------------------------------------------------------------------------------------------- connection
+
+
+def test_connect_uses_the_standard_environment_and_starts_nothing(moto_env, capfd):
+    servers = len(storage._servers)
+    connect(moto_env)
+    assert storage.client().meta.endpoint_url == moto_env["AWS_ENDPOINT_URL"] and len(storage._servers) == servers
+    assert capfd.readouterr().out == f"S3 at {moto_env['AWS_ENDPOINT_URL']}\n"
+
+
+@pytest.mark.parametrize("profile", ["default", "mine"])
+def test_connect_uses_a_profile(profile, embedded_env, tmp_path):
+    (tmp_path / "credentials").write_text(f"[{profile}]\naws_access_key_id = {embedded_env['AWS_ACCESS_KEY_ID']}\n"
+                                          f"aws_secret_access_key = {embedded_env['AWS_SECRET_ACCESS_KEY']}\n")
+    (tmp_path / "config").write_text(f"[{'profile ' * (profile != 'default')}{profile}]\nregion = eu-central-1\n"
+                                     f"endpoint_url = {embedded_env['AWS_ENDPOINT_URL']}\n")
+    connect({"AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"), "AWS_CONFIG_FILE": str(tmp_path / "config")},
+            **({"AWS_PROFILE": profile} if profile != "default" else {}))
+    url = new_bucket()
+    put(url, PETS)
+    assert sorted(storage.objects(url)) == sorted(PETS)
+    assert storage.client().meta.region_name == os.environ["AWS_REGION"] == "eu-central-1"
+
+
+def test_connect_needs_no_more_than_one_region_variable(embedded_env):
+    connect({name: value for name, value in embedded_env.items() if name != "AWS_DEFAULT_REGION"}, AWS_REGION="eu-west-9")
+    put(url := new_bucket(), PETS)
+    assert sorted(storage.objects(url)) == sorted(PETS) and boto3.Session().region_name == "eu-west-9"
+
+
+def test_connect_again_takes_the_new_settings(embedded_env, moto_env):
+    with refused("refuses the key"):
+        connect(embedded_env, AWS_SECRET_ACCESS_KEY=WRONG)
+    connect(embedded_env)
+    connect(moto_env)
+    assert storage.client().meta.endpoint_url == moto_env["AWS_ENDPOINT_URL"]
+
+
+def test_libraries_work_without_arguments_after_connect(s3):
+    code = """
+import sys
+import boto3, fsspec, nbformat, obstore
+from papermill.iorw import load_notebook_node, papermill_io
+from helpers import storage
+storage.connect()
+bucket = sys.argv[1]
+boto3.client("s3").put_object(Bucket=bucket, Key="a", Body=b"boto3")
+with fsspec.open(f"s3://{bucket}/b", "wb") as file:
+    file.write(b"s3fs")
+obstore.put(obstore.store.S3Store(bucket), "c", b"obstore")
+papermill_io.write(nbformat.writes(nbformat.v4.new_notebook()), f"s3://{bucket}/d.ipynb")
+assert load_notebook_node(f"s3://{bucket}/d.ipynb").nbformat == 4 and "nbformat" in papermill_io.read(f"s3://{bucket}/d.ipynb")
+with fsspec.open(f"s3://{bucket}/a") as file:
+    print(file.read(), bytes(obstore.get(obstore.store.S3Store(bucket), "b").bytes()))"""
+    assert finish(code, storage.parse(s3)[0], env=aws()) == "b'boto3' b's3fs'"
+    assert content(s3).items() >= digests({"a": b"boto3", "b": b"s3fs", "c": b"obstore"}).items()
+
+
+def test_without_settings_an_embedded_server_starts_and_keeps_its_secret(tmp_path):
+    with owner(tmp_path) as (process, line, env):
+        assert env["AWS_ENDPOINT_URL"] in line and "embedded server over .s3/" in line
+        assert env["AWS_SECRET_ACCESS_KEY"] not in line
+        commands = ""
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                commands += path.read_text(errors="replace")
+        assert str(tmp_path / ".s3") in commands and env["AWS_SECRET_ACCESS_KEY"] not in commands
+        connect(env)
+        put(new_bucket(), PETS)
+
+
+def test_the_embedded_server_is_not_looked_for_behind_a_proxy(tmp_path):
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    with owner(tmp_path, HTTP_PROXY=nowhere, http_proxy=nowhere) as (_, line, _):
+        assert "embedded" in line
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "normal exit"])
+def test_the_embedded_server_ends_with_its_process(how, tmp_path):
+    with owner(tmp_path) as (process, _, env):
+        port = urllib.parse.urlsplit(env["AWS_ENDPOINT_URL"]).port
+        assert listening(port)
+        process.kill() if how == "SIGKILL" else process.stdin.close()
+        assert soon(lambda: not listening(port), 5)
+        assert process.wait() == (-signal.SIGKILL if how == "SIGKILL" else 0)
+
+
+def test_the_embedded_server_survives_an_interrupted_notebook(tmp_path):
+    with owner(tmp_path) as (process, _, env):
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout.readline() == "interrupted\n"
+        time.sleep(0.3)
+        connect(env)
+        put(new_bucket(), PETS)
+
+
+def test_what_one_process_has_stored_the_next_finds(tmp_path):
+    with owner(tmp_path) as (process, _, env):
+        connect(env)
+        put(url := new_bucket(), PETS)
+        process.stdin.close()
+        process.wait()
+    with owner(tmp_path) as (_, _, env):
+        connect(env)
+        assert content(url) == digests(PETS)
+
+
+def test_two_processes_at_once_see_each_others_objects(tmp_path):
+    with owner(tmp_path) as (_, _, one), owner(tmp_path) as (_, _, two):
+        connect(one)
+        put(url := new_bucket(), {"cats/0.png": b"x"})
+        for env, other, name in (one, two, "cats/1.png"), (two, one, "cats/2.png"):
+            connect(other)
+            assert soon(lambda: url[5:] in storage.buckets() and listed(url), 2)  # its cache holds the folder now
+            connect(env)
+            put(url, {name: b"y"})
+            connect(other)
+            assert soon(lambda: name in listed(url), 2)
+
+
+@pytest.mark.parametrize("again", ["", "storage.connect()"])
+def test_a_forked_process_says_why_it_cannot_go_on_and_does_not_hang(again, embedded_env):
+    connect(embedded_env)
+    code = f"""
+import os, sys
+from helpers import storage
+def forked(then):
+    pid = os.fork()
+    if not pid:
+        try:
+            storage.store("b")
+        except storage.StorageError as error:
+            os._exit(then() if "forkserver" in str(error) else 2)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+storage.connect()
+storage.objects(sys.argv[1])
+{again}
+print(forked(lambda: forked(lambda: 42)))"""
+    assert finish(code, new_bucket(), env=aws(), seconds=20) == "42"
+
+
+def test_a_process_forked_before_the_first_use_works(embedded_env):
+    connect(embedded_env)
+    code = """
+import os, sys
+from helpers import storage
+storage.connect()
+pid = os.fork()
+if not pid:
+    os._exit(len(storage.objects(sys.argv[1])))
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"""
+    put(url := new_bucket(), PETS)
+    assert finish(code, url, env=aws(), seconds=20) == "3"
+
+
+# ---------------------------------------------------------------------------------------------------------- buckets
+
+
+def test_a_bucket_may_be_created_twice_and_is_listed(s3):
+    name = storage.parse(s3)[0]
+    put(s3, PETS)
+    storage.create_bucket(name)
+    assert name in storage.buckets() and sorted(storage.objects(s3)) == sorted(PETS)
+
+
+@ceph
+def test_somebody_elses_bucket_is_refused(s3, ceph_env):
+    name = storage.parse(s3)[0]
+    other_user(ceph_env)
+    with refused(name, "somebody else's", "another name"):
+        storage.create_bucket(name)
+
+
+def test_a_bucket_that_holds_objects_is_not_deleted(s3):
+    put(s3, PETS)
+    name = storage.parse(s3)[0]
+    with refused(name, "not empty", "contents=True"):
+        storage.delete_bucket(name)
+    assert content(s3) == digests(PETS)
+    storage.delete(s3)
+    storage.delete_bucket(name)
+    assert name not in storage.buckets()
+
+
+@buckets
+def test_a_bucket_is_deleted_with_its_contents_and_folder_markers(s3):
+    put(s3, {**PETS, "raw/": b"", "raw/cats/": b"", "raw/cats/1.png": b"x"})
+    storage.delete_bucket(storage.parse(s3)[0], contents=True)
+    assert storage.parse(s3)[0] not in storage.buckets()
+
+
+@both
+def test_2500_objects_are_deleted_in_batches(s3, tmp_path):
+    storage.upload(folder(tmp_path / "many", {f"{i % 7}/{i}": b"x" for i in range(2500)}), s3)
+    server = os.environ["AWS_ENDPOINT_URL"]
+    with fault_proxy(server) as proxy:
+        connect({"AWS_ENDPOINT_URL": proxy.url})
+        storage.delete_bucket(storage.parse(s3)[0], contents=True)
+        assert proxy.requests < 20
+    connect({"AWS_ENDPOINT_URL": server})
+    assert storage.parse(s3)[0] not in storage.buckets()
+
+
+def test_delete_takes_only_what_is_under_the_prefix(s3):
+    put(s3, {"cats/1.png": b"1", "cats/2.png": b"2", "cats-and-dogs/1.png": b"3", "cat": b"4", "cats.txt": b"5"})
+    storage.delete(f"{s3}/cats")
+    assert sorted(listed(s3)) == ["cat", "cats-and-dogs/1.png", "cats.txt"]
+    storage.delete(f"{s3}/cats.txt")
+    assert sorted(listed(s3)) == ["cat", "cats-and-dogs/1.png"]
+
+
+# ----------------------------------------------------------------------------------------------------------- upload
+
+
+def test_a_file_is_uploaded_under_its_name(s3, tmp_path):
+    (tmp_path / "one.bin").write_bytes(b"one")
+    assert storage.upload(tmp_path / "one.bin", f"{s3}/files/") == {"uploaded": 1, "skipped": 0}
+    assert content(s3) == digests({"files/one.bin": b"one"})
+
+
+def test_a_folder_is_uploaded_whatever_its_files_are_called(s3, tmp_path):
+    names = ["plain", "with space", "größe/日本語 ☃.txt", "a#b", "%41", "a+b", "a&b=c;d", "100%", "quo'te", "tilde~",
+             "l" * 200, "/".join("deep" * 3), ".hidden", "question?", "star*", "colon:", "[brackets]{}", "empty"]
+    members = {f"sub/{name}": name.encode() if name != "empty" else b"" for name in names}
+    assert storage.upload(folder(tmp_path, members), s3) == {"uploaded": len(names), "skipped": 0}
+    assert content(s3) == digests(members)
+    assert sorted(storage.objects(s3)) == sorted(members)
+
+
+def test_uploading_again_puts_only_what_has_changed(s3, tmp_path):
+    storage.upload(folder(tmp_path, PETS), s3)
+    before, changed = listed(s3), PETS | {"cats/2.png": b"CAT TWO", "dogs/2.png": b"new"}
+    assert storage.upload(tmp_path, s3) == {"uploaded": 0, "skipped": 3}
+    assert storage.upload(folder(tmp_path, changed), s3) == {"uploaded": 2, "skipped": 2}
+    assert content(s3) == digests(changed)
+    assert listed(s3)["cats/1.png"] == before["cats/1.png"]
+
+
+def test_a_large_file_goes_in_parts_and_is_skipped_the_second_time(s3, tmp_path):
+    (tmp_path / "large").write_bytes(random.randbytes(150 * MB))
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        connect({"AWS_ENDPOINT_URL": proxy.url})
+        assert storage.upload(tmp_path, s3) == {"uploaded": 1, "skipped": 0}
+        assert proxy.requests > 10
+        proxy.requests = 0
+        assert storage.upload(tmp_path, s3) == {"uploaded": 0, "skipped": 1}
+        assert proxy.requests == 1
+    connect({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.upstream[1]}"})
+    assert content(s3) == digests({"large": (tmp_path / "large").read_bytes()})
+    with open(tmp_path / "large", "r+b") as file:
+        file.write(b"changed")
+    assert storage.upload(tmp_path, s3) == {"uploaded": 1, "skipped": 0}
+
+
+@embedded
+def test_a_file_larger_than_memory_is_uploaded(s3, tmp_path):
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(600 * MB)
+    code = """
+import resource, sys
+from helpers import storage
+storage.upload(*sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"""
+    assert int(finish(code, tmp_path / "sparse", s3, env=aws())) < 350
+    assert listed(s3)["sparse"][0] == 600 * MB
+
+
+# ------------------------------------------------------------------------------------------------------------ unzip
+
+READY = {f"{part}/{name}": data + part.encode() for part in storage.SPLITS for name, data in PETS.items()}
+LAYOUTS = {
+    "classes at the root": ("classes", "raw/", "", PETS),
+    "classes under one folder": ("classes", "raw/", "pets/", PETS),
+    "classes under one folder called train": ("classes", "raw/", "train/", PETS),
+    "classes under ./": ("classes", "raw/", "./", PETS),
+    "classes with backslashes": ("classes", "raw/", "pets\\", PETS),
+    "split": ("split", "", "", READY),
+    "split under one folder": ("split", "", "pets/", READY),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unzip_knows_the_layouts(s3, layout, tmp_path):
+    kind, target, top, members = LAYOUTS[layout]
+    separator = "\\" if "\\" in top else "/"
+    archive = {f"{top}{name}".replace("/", separator): data for name, data in members.items()}
+    archive[f"{top}cats{separator}"] = b""
+    out = storage.unzip(zipped(tmp_path / "pets.zip", archive), s3)
+    assert out == {"layout": kind, "uploaded": len(members), "skipped": 0, "ignored": 1}
+    assert content(s3) == digests({f"{target}{name}": data for name, data in members.items()})
+
+
+@pytest.mark.parametrize("alias", ["valid", "validation"])
+@moto
+def test_unzip_knows_other_names_of_val(s3, alias, tmp_path):
+    archive = {f"{alias}/{name[4:]}" if name.startswith("val/") else name: data for name, data in READY.items()}
+    storage.unzip(zipped(tmp_path / "pets.zip", archive), s3)
+    assert content(s3) == digests(READY)
+
+
+@moto
+def test_unzip_says_what_it_ignores(s3, tmp_path, capsys):
+    rest = ["cats/", "dogs/", "__MACOSX/cats/._1.png", "cats/.DS_Store", ".git/config", "cats/Icon\r", "README.txt"]
+    out = storage.unzip(zipped(tmp_path / "pets.zip", PETS | dict.fromkeys(rest, b"")), s3)
+    assert out == {"layout": "classes", "uploaded": 3, "skipped": 0, "ignored": 7}
+    assert "3 files, ignored: 2 folders, 4 hidden files, 1 files outside class folders" in capsys.readouterr().out
+    assert sorted(listed(s3)) == sorted(f"raw/{name}" for name in PETS)
+
+
+def test_unzip_again_skips_what_is_there(s3, tmp_path):
+    archive = zipped(tmp_path / "pets.zip", PETS)
+    storage.unzip(archive, s3)
+    before = listed(s3)
+    assert storage.unzip(archive, s3)["skipped"] == 3
+    assert listed(s3) == before
+    storage.unzip(zipped(archive, PETS | {"cats/1.png": b"CAT ONE"}), s3)
+    assert content(f"{s3}/raw") == digests(PETS | {"cats/1.png": b"CAT ONE"})
+
+
+def test_unzip_reads_from_s3_and_writes_nothing_to_the_disk(s3, tmp_path):
+    """A file limit of 0 bytes makes every write to a file fail."""
+    members = {f"cats/{i}.bin": random.randbytes(size) for i, size in enumerate([10, 1000, MB, 17 * MB])}
+    storage.upload(zipped(tmp_path / "cats.zip", members), f"{s3}/zips")
+    code = """
+import resource, sys
+from helpers import storage
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+print(storage.unzip(*sys.argv[1:])["uploaded"])"""
+    assert finish(code, f"{s3}/zips/cats.zip", s3, env=aws()) == "4"
+    assert content(f"{s3}/raw") == digests(members)
+
+
+@embedded
+def test_a_zip_larger_than_memory_is_unzipped(s3, served_folder, tmp_path):
+    digest = {}
+    with zipfile.ZipFile(tmp_path / "large.zip", "w") as archive:
+        for i in range(12):
+            archive.writestr(f"class{i % 3}/{i}", data := bytes([i]) * (40 * MB))
+            digest |= digests({f"class{i % 3}/{i}": data})
+    (tmp_path / "large.zip").rename(served_folder / storage.parse(s3)[0] / "large.zip")
+    code = """
+import resource, sys
+from helpers import storage
+storage.unzip(*sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"""
+    assert soon(lambda: "large.zip" in listed(s3), 3)
+    assert int(finish(code, f"{s3}/large.zip", s3, env=aws())) < 350
+    assert content(f"{s3}/raw") == digest
+    storage.delete(s3)
+
+
+def encrypted(data):
+    """The zip with its last member marked as encrypted, in both headers."""
+    data = bytearray(data)
+    data[data.rindex(b"PK\x03\x04") + 6] |= 1
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1
+    return bytes(data)
+
+
+REFUSALS = {  # members besides PETS (None: none at all), what is then done to the zip's bytes, and what the error names
+    "../": ([("../evil.png", b"x")], None, "../evil.png"),
+    "../ further in": ([("cats/../../evil.png", b"x")], None, "cats/../../evil.png"),
+    "absolute": ([("/evil.png", b"x")], None, "/evil.png"),
+    "drive": ([("C:\\evil.png", b"x")], None, "C:/evil.png"),
+    "backslash": ([("cats\\..\\..\\evil.png", b"x")], None, "cats/../../evil.png"),
+    "control character": ([("cats/a\tb.png", b"x")], None, "a\\tb.png"),
+    "encrypted": ([("cats/locked.png", b"x")], encrypted, "cats/locked.png"),
+    "bomb": ([("cats/bomb.png", bytes(3 * MB))], None, "cats/bomb.png"),
+    "twice": ([("cats/1.png", b"x")], None, "cats/1.png"),
+    "twice, with a backslash": ([("cats\\1.png", b"x")], None, "cats/1.png"),
+    "cut off at its end": ([], lambda data: data[:-30], "cut off"),
+    "cut off in the middle": ([], lambda data: data[:len(data) // 2], "cut off"),
+    "not a zip": ([], lambda data: b"<html>no zip</html>", "not a zip"),
+    "empty": ([], lambda data: b"", "not a zip"),
+    "too much in all": ([("cats/huge.png", random.randbytes(5000))], None, "5,021 bytes"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSALS)
+@both
+def test_unzip_refuses_before_anything_is_put(s3, why, tmp_path):
+    members, change, word = REFUSALS[why]
+    archive = zipped(tmp_path / "pets.zip", [*PETS.items(), *members])
+    if change:
+        archive.write_bytes(change(archive.read_bytes()))
+    with refused("pets.zip", word):
+        storage.unzip(archive, s3, max_bytes=5000)
+    assert listed(s3) == {}
+
+
+@pytest.mark.parametrize("names, word", [(["1.png", "2.png"], "no class folders"), ([], "no class folders"),
+                                         (["train/cats/1", "test/cats/1"], "no val"), (["val/a/1", "test/a/1"], "no train")])
+@moto
+def test_unzip_refuses_a_zip_without_the_folders_it_needs(s3, names, word, tmp_path):
+    with refused("pets.zip", word):
+        storage.unzip(zipped(tmp_path / "pets.zip", dict.fromkeys(names, b"x")), s3)
+    assert listed(s3) == {}
+
+
+@pytest.mark.parametrize("size", [100, 40 * MB])
+def test_a_damaged_member_is_named_and_not_stored(s3, size, tmp_path):
+    archive = zipped(tmp_path / "pets.zip", {"cats/bad.png": b"a" * size, "cats/good.png": b"b"}, zipfile.ZIP_STORED)
+    with open(archive, "r+b") as file:
+        file.seek(size - 10)
+        file.write(b"damaged")
+    with refused("cats/bad.png", "CRC"):
+        storage.unzip(archive, s3)
+    assert "raw/cats/bad.png" not in listed(s3)
+
+
+# ------------------------------------------------------------------------------------------------------------ split
+
+
+def images(**counts):
+    """{class/name: content}, as many for each class."""
+    return {f"{label}/{i:03}.png": f"{label} {i}".encode() for label, count in counts.items() for i in range(count)}
+
+
+def parts(url):
+    """The names of the three splits."""
+    return {part: set(listed(f"{url}/{part}/")) for part in storage.SPLITS}
+
+
+def test_split_copies_each_class_in_the_ratios(s3):
+    pets = images(cats=40, dogs=20)
+    put(f"{s3}/raw", pets)
+    assert storage.split(s3) == {"train": 42, "val": 9, "test": 9}
+    assert {part: (sum("cats" in name for name in names), sum("dogs" in name for name in names))
+            for part, names in parts(s3).items()} == {"train": (28, 14), "val": (6, 3), "test": (6, 3)}
+    assert sorted(name for names in parts(s3).values() for name in names) == sorted(pets)  # each in one split only
+    assert copies(s3) == digests(pets)
+
+
+def copies(url):
+    """What the three splits hold together: {name: SHA-256}."""
+    return {name: digest for part in storage.SPLITS for name, digest in content(f"{url}/{part}/").items()}
+
+
+@moto
+def test_split_depends_on_the_seed_only(s3):
+    for prefix, seed in ("a", 0), ("b", 0), ("c", 1):
+        put(f"{s3}/{prefix}/raw", images(cats=40, dogs=20))
+        storage.split(f"{s3}/{prefix}", seed=seed)
+    assert parts(f"{s3}/a") == parts(f"{s3}/b") != parts(f"{s3}/c")
+
+
+def test_split_again_changes_nothing(s3):
+    put(f"{s3}/pets/raw", images(cats=10, dogs=7))
+    counts, before = storage.split(f"{s3}/pets"), listed(s3)
+    assert storage.split(f"{s3}/pets") == counts
+    after = listed(s3)
+    del before["pets/split.json"], after["pets/split.json"]  # written again, with the same content
+    assert after == before
+
+
+@pytest.mark.parametrize("what", ["ratios", "seed", "images"])
+def test_split_otherwise_is_refused(s3, what):
+    put(f"{s3}/raw", images(cats=10))
+    storage.split(s3)
+    if what == "images":
+        put(f"{s3}/raw", {"cats/003.png": b"CAT 3"})
+    before = listed(s3)
+    with refused(s3, f"other {what}:", "delete", "split.json"):
+        storage.split(s3, **{"ratios": {"ratios": (0.6, 0.2, 0.2)}, "seed": {"seed": 1}, "images": {}}[what])
+    assert listed(s3) == before
+
+
+@moto
+def test_split_does_not_mix_with_what_lies_in_train(s3):
+    put(s3, {"train/cats/stray.png": b"x", **{f"raw/{name}": data for name, data in images(cats=10).items()}})
+    before = listed(s3)
+    with refused(s3, "images", "/train"):
+        storage.split(s3)
+    assert listed(s3) == before
+
+
+def test_split_completes_what_was_cut_off(s3):
+    put(f"{s3}/raw", images(cats=20, dogs=10))
+    storage.split(s3)
+    before = content(s3)
+    for name in [name for name in before if name.startswith(storage.SPLITS)][::2]:
+        storage.delete(f"{s3}/{name}")
+    storage.split(s3)
+    assert content(s3) == before
+
+
+@pytest.mark.parametrize("count, expected", [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (2, 0, 1))])
+@moto
+def test_split_takes_tiny_classes(s3, count, expected):
+    put(f"{s3}/raw", images(cats=count))
+    assert tuple(storage.split(s3).values()) == expected
+    assert sum(map(len, parts(s3).values())) == count
+
+
+@buckets
+def test_split_takes_class_folders_only(s3):
+    put(f"{s3}/raw", {**images(cats=4, dogs=4), "loose.png": b"x", "cats/": b""})
+    assert sum(storage.split(s3).values()) == 8
+    assert {name.split("/")[0] for names in parts(s3).values() for name in names} == {"cats", "dogs"}
+
+
+@pytest.mark.parametrize("ratios", [(0.5, 0.5, 0), (0.5, 0.3, 0.3), (0.5, 0.5)])
+@moto
+def test_split_refuses_ratios_that_are_none(s3, ratios):
+    with refused("ratios", str(ratios)):
+        storage.split(s3, ratios)
+
+
+@moto
+def test_split_needs_images(s3):
+    with refused(f"{s3}/raw", "nothing to split"):
+        storage.split(s3)
+
+
+def test_split_works_without_copy_and_says_so_once(s3, capsys):
+    put(f"{s3}/raw", images(cats=40))
+    server = os.environ["AWS_ENDPOINT_URL"]
+    with fault_proxy(server, no_copy=True) as proxy:
+        connect({"AWS_ENDPOINT_URL": proxy.url})
+        storage.split(s3)
+        assert proxy.copies_refused
+    assert capsys.readouterr().out.count("no CopyObject") == 1
+    connect({"AWS_ENDPOINT_URL": server})
+    assert copies(s3) == content(f"{s3}/raw")
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+
+def other_user(env):
+    """Connect as Ceph's second user."""
+    connect(env, AWS_ACCESS_KEY_ID=env["OTHER_ACCESS_KEY_ID"], AWS_SECRET_ACCESS_KEY=env["OTHER_SECRET_ACCESS_KEY"])
+
+
+def get_with_boto3(url):
+    with storage.explained(url):
+        storage.client().get_object(**dict(zip(("Bucket", "Key"), storage.parse(url))))
+
+
+def get_with_obstore(url):
+    bucket, key = storage.parse(url)
+    with storage.explained(url):
+        obstore.get(storage.store(bucket), key)
+
+
+def get_with_s3fs(url):
+    with storage.explained(url), fsspec.open(url) as file:
+        file.read()
+
+
+GETS = [get_with_boto3, get_with_obstore, get_with_s3fs]
+
+
+def test_nothing_answers(moto_env):
+    begin = time.monotonic()
+    url = f"http://127.0.0.1:{free_port()}"
+    with refused("Nothing answers", url, "AWS_ENDPOINT_URL"):
+        connect(moto_env, AWS_ENDPOINT_URL=url)
+    assert time.monotonic() - begin < 15
+
+
+@pytest.mark.parametrize("wrong", [{"AWS_ENDPOINT_URL": "localhost:9000"}, {"AWS_PROFILE": "nobody"}])
+def test_a_setting_that_is_none_is_named(wrong, moto_env):
+    env = {**moto_env, **wrong}
+    if "AWS_PROFILE" in wrong:
+        del env["AWS_REGION"], env["AWS_DEFAULT_REGION"]
+    with refused(*wrong, *wrong.values()):
+        connect(env)
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+@strict
+def test_a_wrong_key_is_refused(s3, name):
+    with refused(os.environ["AWS_ENDPOINT_URL"], "refuses the key", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        connect({name: WRONG})
+    for act in storage.buckets, lambda: storage.objects(s3), lambda: storage.upload(__file__, s3):
+        with refused(os.environ["AWS_ENDPOINT_URL"], "refuses the key"):
+            act()
+
+
+@pytest.mark.parametrize("act", [storage.objects, storage.delete, storage.split, lambda url: storage.upload(__file__, url),
+                                 lambda url: storage.delete_bucket(storage.parse(url)[0]),
+                                 lambda url: storage.unzip(f"{url}/a.zip", url), *GETS])
+def test_a_missing_bucket_is_named(s3, act):
+    url = f"s3://missing-{secrets.token_hex(4)}"
+    with refused(storage.parse(url)[0], os.environ["AWS_ENDPOINT_URL"], "check the name", kind=storage.NotFound):
+        act(f"{url}/a" if act in GETS else url)
+
+
+@pytest.mark.parametrize("act", [lambda url: storage.unzip(url, url), *GETS])
+def test_a_missing_object_is_named(s3, act):
+    with refused(f"{s3}/pets.zip", os.environ["AWS_ENDPOINT_URL"], "check the name", kind=storage.NotFound):
+        act(f"{s3}/pets.zip")
+
+
+@ceph
+def test_no_permission(s3, ceph_env):
+    put(s3, PETS)
+    other_user(ceph_env)
+    for act in (storage.objects, storage.delete, lambda url: storage.upload(__file__, url),
+                lambda url: storage.unzip(f"{url}/cats/1.png", url), *(
+                    lambda url, get=get: get(f"{url}/cats/1.png") for get in GETS)):
+        with refused(s3, "No permission", os.environ["AWS_ENDPOINT_URL"], "owner"):
+            act(s3)
+    with refused(s3, "No permission"), storage.explained(s3):
+        obstore.put(storage.store(storage.parse(s3)[0]), "a", b"x")
+    connect(ceph_env)
+    assert content(s3) == digests(PETS)
+
+
+@moto
+def test_a_missing_file_is_named(s3, tmp_path):
+    for act in storage.upload, storage.unzip:
+        with refused(str(tmp_path / "missing.zip"), "check the path"):
+            act(tmp_path / "missing.zip", s3)
+
+
+@moto
+def test_a_file_with_a_name_that_no_object_can_have_is_named(s3, tmp_path):
+    with refused("cats/a", "Error parsing"):
+        storage.upload(folder(tmp_path, {"cats/a\tb": b"x"}), s3)
+
+
+@pytest.mark.parametrize("url", ["bucket/key", "https://bucket/key", "s3://", ""])
+def test_what_is_no_s3_url_is_refused(url):
+    with refused(repr(url), "s3://bucket/key"):
+        storage.parse(url)
+
+
+# --------------------------------------------------------------------------------------------- faults and kill -9
+
+
+def test_everything_gets_through_all_faults_at_once(s3, tmp_path):
+    members = images(cats=40, dogs=40) | {"dogs/large.bin": random.randbytes(20 * MB)}
+    (tmp_path / "60").write_bytes(random.randbytes(60 * MB))
+    zipped(tmp_path / "pets.zip", members)
+    server = os.environ["AWS_ENDPOINT_URL"]
+    with fault_proxy(server, **FAULTS) as proxy:
+        connect({"AWS_ENDPOINT_URL": proxy.url})
+        storage.upload(folder(tmp_path / "folder", members), f"{s3}/folder")
+        storage.upload(tmp_path / "60", s3)
+        storage.upload(tmp_path / "pets.zip", s3)
+        storage.unzip(f"{s3}/pets.zip", f"{s3}/pets")
+        storage.split(f"{s3}/pets")
+        assert proxy.slow_downs and proxy.resets and proxy.copies_refused
+        connect({"AWS_ENDPOINT_URL": server})
+        assert content(f"{s3}/folder") == content(f"{s3}/pets/raw") == digests(members)
+        assert content(s3)["60"] == hashlib.sha256((tmp_path / "60").read_bytes()).hexdigest()
+        assert copies(f"{s3}/pets") == digests(members)
+        connect({"AWS_ENDPOINT_URL": proxy.url})
+        storage.delete_bucket(storage.parse(s3)[0], contents=True)
+    connect({"AWS_ENDPOINT_URL": server})
+    assert storage.parse(s3)[0] not in storage.buckets()
+
+
+def killed(code, *arguments, requests):
+    """Run a process, and kill it at its n-th request to S3."""
+    server = os.environ["AWS_ENDPOINT_URL"]
+    with fault_proxy(server, delay=0.002) as proxy:
+        process = start("import sys\nfrom helpers import storage\n" + code, *arguments,
+                        env=aws() | {"AWS_ENDPOINT_URL": proxy.url}, stderr=subprocess.DEVNULL)
+        proxy.on_request = lambda number: number == requests and process.kill()
+        process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("requests", [40, 108])  # in the midst of the small ones, and of the parts of the large one
+@both
+def test_an_unzip_that_was_killed_is_completed(s3, requests, tmp_path):
+    members = {f"cats/{i}.bin": random.randbytes(20_000) for i in range(100)} | {"cats/large": random.randbytes(80 * MB)}
+    archive = zipped(tmp_path / "cats.zip", members)
+    killed("storage.unzip(*sys.argv[1:])", archive, s3, requests=requests)
+    assert 0 < len(listed(s3)) < 101
+    storage.unzip(archive, s3)
+    assert content(f"{s3}/raw") == digests(members)
+    assert len(listed(s3)) == 101
+
+
+@both
+def test_a_split_that_was_killed_is_completed(s3):
+    for prefix in "ab":
+        put(f"{s3}/{prefix}/raw", images(cats=60, dogs=40))
+    storage.split(f"{s3}/a")
+    killed("storage.split(sys.argv[1])", f"{s3}/b", requests=50)
+    assert 101 < len(listed(f"{s3}/b")) < 201
+    storage.split(f"{s3}/b")
+    assert content(f"{s3}/b") == content(f"{s3}/a")

@@ -1,0 +1,287 @@
+"""The training loop against plain PyTorch written out by hand, and its callbacks. All on the CPU."""
+
+import multiprocessing
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from helpers import images
+from helpers.training import Callback, CancelFit, EarlyStopping, TrainLoop
+
+CLASSES = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads wait for each other, long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def data(count=22, seed=0):
+    """Noise with a trace of the class."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(CLASSES, (count,), generator=generator)
+    inputs = torch.randn(count, 3, 8, 8, generator=generator) + targets[:, None, None, None]
+    return TensorDataset(inputs, targets)
+
+
+def network():
+    """A small CNN with a batch norm and a dropout, always with the same weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Dropout(0.2), nn.Linear(4, CLASSES))
+
+
+def loader(dataset, shuffle=False, **options):
+    return images.loader(dataset, 8, shuffle, **options)  # 8, 8 and 6 of 22
+
+
+def make_loop(train=True, val=True, metrics=None, **options):
+    """A loop with all that belongs to it."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return TrainLoop(model, loader(data(), shuffle=True) if train else None, loader(data(seed=1)) if val else None,
+                     optimizer=optimizer, criterion=nn.CrossEntropyLoss(), metrics=metrics, **options)
+
+
+def same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def test_weights_and_losses_are_those_of_a_plain_pytorch_loop_bit_for_bit():
+    model, batches = network(), loader(data(), shuffle=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=9)
+    criterion, losses, rates = nn.CrossEntropyLoss(), [], []
+    torch.manual_seed(1)
+    for _ in range(3):
+        model.train()
+        total = torch.zeros(())
+        for inputs, targets in batches:
+            loss = criterion(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            total += loss.detach() * len(targets)
+            rates.append(scheduler.get_last_lr())
+        losses.append(total.item() / 22)
+
+    class Rates(Callback):
+        def __init__(self):
+            self.rates = []
+
+        def after_step(self, loop):
+            self.rates.append(loop.scheduler.get_last_lr())
+
+    ours, seen = network(), Rates()
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.01)
+    loop = TrainLoop(ours, loader(data(), shuffle=True), optimizer=optimizer, criterion=criterion,
+                     scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=9))
+    torch.manual_seed(1)
+    history = loop.fit(3, [seen])
+    assert same_weights(ours, model) and not same_weights(ours, network())
+    assert [row["train_loss"] for row in history] == losses and seen.rates == rates
+    assert losses[-1] < losses[0]
+
+
+def test_validation_does_not_change_the_training():
+    without, with_it = make_loop(val=False), make_loop(metrics={"accuracy": MulticlassAccuracy(CLASSES)})
+    for loop in without, with_it:
+        torch.manual_seed(1)
+        loop.fit(2)
+    assert same_weights(without.model, with_it.model)
+
+
+def test_history_has_a_row_per_epoch_and_fit_again_continues_it():
+    loop = make_loop(metrics={"accuracy": MulticlassAccuracy(CLASSES, average="micro")})
+    history = loop.fit(2)
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert loop.fit(1) is loop.history and [row["epoch"] for row in loop.history] == [1, 2, 3]
+    for row in loop.history:
+        assert list(row) == ["epoch", "train_loss", "train_samples_per_second", "val_loss", "val_accuracy"]
+        assert all(type(value) is (int if name == "epoch" else float) for name, value in row.items())
+        assert row["train_samples_per_second"] > 0
+    last = loop.evaluate(loader(data(seed=1)))
+    assert last == {name: loop.history[-1][f"val_{name}"] for name in ("loss", "accuracy")}
+
+
+def test_two_fits_train_as_one_longer_fit():
+    one, two = make_loop(), make_loop()
+    torch.manual_seed(1)
+    one.fit(3)
+    torch.manual_seed(1)
+    two.fit(2)
+    two.fit(1)
+    assert same_weights(one.model, two.model)
+    drop = {"train_samples_per_second": None}
+    assert [row | drop for row in one.history] == [row | drop for row in two.history]
+
+
+def test_steps_by_hand_in_ones_own_loop_do_what_fit_does():
+    fitted, by_hand = make_loop(), make_loop()
+    torch.manual_seed(1)
+    fitted.fit(2)
+    torch.manual_seed(1)
+    for _ in range(2):
+        losses = [by_hand.step(batch) for batch in by_hand.train_loader]
+        by_hand.evaluate(by_hand.val_loader)  # leaves the model in its other mode
+    assert same_weights(fitted.model, by_hand.model)
+    assert all(loss.ndim == 0 and not loss.requires_grad for loss in losses)
+    by_hand.fit(1)
+    assert [row["epoch"] for row in by_hand.history] == [1]
+
+
+def test_loaders_with_workers_train_alike_and_leave_no_processes():
+    here, workers = make_loop(), network()
+    loop = TrainLoop(workers, loader(data(), shuffle=True, num_workers=2),
+                     optimizer=torch.optim.AdamW(workers.parameters(), lr=0.01), criterion=nn.CrossEntropyLoss())
+    for each in here, loop:
+        torch.manual_seed(1)
+        each.fit(2)
+    assert same_weights(here.model, workers)
+    val = loader(data(seed=1), num_workers=1)
+    before = set(multiprocessing.active_children())
+    first, again = loop.predict(val), loop.predict(val)
+    assert torch.equal(first[0], again[0])
+    assert len(set(multiprocessing.active_children()) - before) == 1
+
+
+# --------------------------------------------------------------------------------------------- evaluation, prediction
+
+
+def test_evaluate_counts_every_sample_once_though_the_last_batch_is_smaller():
+    dataset = data(seed=1)
+    inputs, targets = dataset.tensors
+    loop = make_loop(train=False, val=False, metrics={"accuracy": MulticlassAccuracy(CLASSES, average="micro"),
+                                                      "f1": MulticlassF1Score(CLASSES)})
+    with torch.no_grad():
+        outputs = loop.model.eval()(inputs)
+    found = loop.evaluate(loader(dataset))
+    assert list(found) == ["loss", "accuracy", "f1"]
+    assert found["loss"] == pytest.approx(nn.functional.cross_entropy(outputs, targets).item(), rel=1e-6)
+    assert found["accuracy"] == pytest.approx((outputs.argmax(1) == targets).float().mean().item())
+    assert found["f1"] == pytest.approx(MulticlassF1Score(CLASSES)(outputs, targets).item())
+    assert loop.evaluate(loader(dataset)) == found
+
+
+def test_evaluate_without_a_criterion_gives_the_metrics_alone():
+    loop = TrainLoop(network(), metrics={"accuracy": MulticlassAccuracy(CLASSES)})
+    assert list(loop.evaluate(loader(data()))) == ["accuracy"]
+
+
+def test_predict_gives_outputs_and_targets_in_the_order_of_the_loader():
+    dataset = data()
+    loop = TrainLoop(network())
+    outputs, targets = loop.predict(loader(dataset))
+    with torch.no_grad():
+        assert torch.allclose(outputs, loop.model.eval()(dataset.tensors[0]), atol=1e-6)
+    assert torch.equal(targets, dataset.tensors[1]) and outputs.device.type == "cpu"
+    shuffled, shuffled_targets = loop.predict(loader(dataset, shuffle=True))
+    order = torch.cat([batch for batch, in loader(TensorDataset(torch.arange(22)), shuffle=True)])
+    assert torch.equal(shuffled_targets, targets[order]) and torch.allclose(shuffled, outputs[order], atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- callbacks
+
+
+class Diary(Callback):
+    """Notes its name and the moment, with the epoch."""
+
+    def __init__(self, pages, name="", order=0, cancel=None):
+        self.pages, self.name, self.order, self.cancel = pages, name, order, cancel
+
+    def __getattr__(self, moment):
+        if not moment.startswith(("before_", "after_")):
+            raise AttributeError(moment)
+
+        def note(loop):
+            self.pages.append(f"{self.name}{moment} {getattr(loop, 'epoch', 0)}")
+            if self.pages[-1] == self.cancel:
+                raise CancelFit
+        return note
+
+
+def epoch(number, steps=3):
+    return [f"before_epoch {number}", *[f"after_step {number}"] * steps, f"after_epoch {number}"]
+
+
+def test_callbacks_are_called_at_every_moment():
+    pages, loop = [], make_loop()
+    loop.fit(2, [Diary(pages)])
+    assert pages == ["before_fit 0", *epoch(1), *epoch(2), "after_fit 2"]
+    loop.fit(1)
+    assert len(pages) == 12
+
+
+def test_callbacks_run_by_their_order_and_then_as_given():
+    pages = []
+    make_loop().fit(1, [Diary(pages, "c ", 2), Diary(pages, "a ", -1), Diary(pages, "b ", 2), Callback()])
+    assert pages[:3] == ["a before_fit 0", "c before_fit 0", "b before_fit 0"]
+
+
+def test_callbacks_find_what_they_need_at_the_loop():
+    class Look(Callback):
+        def after_step(self, loop):
+            assert loop.step_loss.ndim == 0 and loop.bar.total == 3 and loop.epoch == 1 and loop.history == []
+
+        def after_epoch(self, loop):
+            assert loop.history[-1]["val_loss"] > 0
+
+    make_loop().fit(1, [Look()])
+
+
+@pytest.mark.parametrize("cancel, rows", [
+    ("before_fit 0", 0), ("before_epoch 2", 1), ("after_step 2", 1), ("after_epoch 2", 2)])
+def test_a_callback_that_cancels_ends_the_fit_in_good_order_and_it_can_go_on(cancel, rows):
+    pages, loop = [], make_loop()
+    history = loop.fit(5, [Diary(pages, cancel=cancel)])
+    assert pages[-2] == cancel and pages[-1].startswith("after_fit") and len(history) == rows
+    loop.fit(1)
+    assert [row["epoch"] for row in loop.history] == list(range(1, rows + 2))
+
+
+def test_another_error_of_a_callback_is_not_swallowed():
+    class Broken(Callback):
+        def after_step(self, loop):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        make_loop().fit(1, [Broken()])
+
+
+@pytest.mark.parametrize("monitor, values, epochs", [
+    ("val_loss", [3, 2, 2.5, 2.1, 1, 1], 4), ("val_loss", [3, 2, 2.5, 1, 1.5, 0.5], 6),
+    ("val_loss", [1, 1, 1, 1, 1, 1], 3),
+    ("val_accuracy", [0.1, 0.5, 0.4, 0.6, 0.6, 0.6], 6), ("val_accuracy", [0.5, 0.4, 0.3, 0.9, 1, 1], 3)])
+def test_early_stopping_waits_for_something_better(monitor, values, epochs):
+    class Script(Callback):
+        order = -1
+
+        def after_epoch(self, loop):
+            loop.history[-1][monitor] = values[len(loop.history) - 1]
+
+    assert len(make_loop(val=False).fit(6, [EarlyStopping(monitor, patience=2), Script()])) == epochs
+
+
+def test_early_stopping_lets_the_others_have_the_last_epoch():
+    pages = []
+    history = make_loop().fit(9, [EarlyStopping(patience=0), Diary(pages)])
+    assert len(history) == 1 and pages[-2:] == ["after_epoch 1", "after_fit 1"]
+
+
+def test_the_progress_bar_shows_epoch_loss_and_samples_per_second(capsys):
+    make_loop().fit(2)
+    bars = re.split("[\r\n]", capsys.readouterr().out)
+    assert re.search(r"epoch 2/2: 100%.*6/6 .*loss \d\.\d{3}, [\d,]+/s", [bar for bar in bars if bar.strip()][-1])
