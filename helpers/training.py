@@ -18,7 +18,7 @@ class CancelFit(Exception):
 class Callback:
     """Methods named after the moment (before_fit, before_epoch, after_step, after_epoch, after_fit) get the loop.
 
-    Callbacks run by `order`, smallest first. `loop.history`, `loop.epoch`, `loop.step_loss`, `loop.bar` are there to use.
+    Callbacks run by `order`, smallest first, and may use `loop.history`, `loop.epoch`, `loop.step_loss`, `loop.bar`.
     """
 
     order = 0
@@ -28,11 +28,12 @@ class TrainLoop:
     """Trains a model on its loader, with a progress bar, validation after every epoch, and callbacks.
 
     Batches are (inputs, targets); the model maps inputs to outputs and criterion(outputs, targets) is a scalar.
-    scheduler: a torch scheduler, stepped after every batch. metrics: {name: torchmetrics.Metric}, computed in `evaluate`.
+    scheduler: a torch scheduler, stepped after every batch. metrics: {name: torchmetrics.Metric}, of `evaluate`.
     The device, several processes and mixed precision are accelerate's (its environment variables apply).
     """
 
-    def __init__(self, model, train_loader=None, val_loader=None, *, optimizer=None, criterion=None, scheduler=None, metrics=None):
+    def __init__(self, model, train_loader=None, val_loader=None, *, optimizer=None, criterion=None, scheduler=None,
+                 metrics=None):
         self.accelerator = Accelerator()
         self.model, self.train_loader, self.val_loader, self.optimizer, self.scheduler = self.accelerator.prepare(
             model, train_loader, val_loader, optimizer, scheduler)
@@ -55,7 +56,8 @@ class TrainLoop:
                     self._call("before_epoch")
                     self.history.append({"epoch": self.epoch, **self._train_epoch()})
                     if self.val_loader is not None:
-                        self.history[-1] |= {f"val_{name}": value for name, value in self.evaluate(self.val_loader).items()}
+                        values = self.evaluate(self.val_loader)
+                        self.history[-1] |= {f"val_{name}": value for name, value in values.items()}
                     self._call("after_epoch")
             except CancelFit:
                 pass
@@ -83,7 +85,8 @@ class TrainLoop:
             seen += len(batch[1])
             if (now := time.perf_counter()) - looked > REFRESH:
                 looked = now
-                self.bar.set_postfix_str(f"loss {total.item() / seen:.3f}, {seen / (now - start):,.0f}/s", refresh=False)
+                rate = seen / (now - start)
+                self.bar.set_postfix_str(f"loss {total.item() / seen:.3f}, {rate:,.0f} samples/s", refresh=False)
             self.bar.update()
             self._call("after_step")
         loss, seconds = total.item() / max(seen, 1), time.perf_counter() - start
@@ -122,7 +125,7 @@ class TrainLoop:
 
 
 class EarlyStopping(Callback):
-    """End training when a number in the history has not got better for `patience` epochs (smaller is better for losses)."""
+    """End training when a number in the history did not get better for `patience` epochs; a loss gets smaller."""
 
     order = 100  # after those that keep what the epoch brought
 

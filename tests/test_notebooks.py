@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from helpers import run, storage
+from servers.embedded import connected
 from servers.fault_proxy import fault_proxy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,25 +21,15 @@ BY_NUMBER = {path.name[:2]: path for path in NOTEBOOKS}
 PHOTOS = Path(os.environ.get("PHOTOS_ZIP", ROOT.parent / "shared/datasets/photos5.zip"))  # real photos, 5 classes
 
 
-def use(monkeypatch, environment):
-    """Make these variables the only AWS ones: for this process, and the kernels it starts."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-        monkeypatch.setenv(name, os.devnull)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    storage.connect()
-
-
 @pytest.fixture(scope="module")
 def embedded_env(tmp_path_factory):
     return storage.serve(tmp_path_factory.mktemp("s3"))
 
 
 @pytest.fixture
-def embedded(embedded_env, monkeypatch):
-    use(monkeypatch, embedded_env)
+def embedded(embedded_env):
+    with connected(embedded_env):
+        yield embedded_env
 
 
 @pytest.fixture
@@ -48,7 +39,7 @@ def every(tmp_path):
         path = tmp_path / "some_leaves.zip"
         with zipfile.ZipFile(ROOT / "data_samples/leaves.zip") as leaves, zipfile.ZipFile(path, "w") as some:
             for name in leaves.namelist()[::n]:
-                some.writestr(name, leaves.read(name))
+                some.writestr(leaves.getinfo(name), leaves.read(name))  # with its date: the same bytes again
         return str(path)
     return make
 
@@ -100,33 +91,33 @@ def test_a_notebook_is_as_a_reader_expects_it(path):
 
 
 @pytest.mark.parametrize("server", ["embedded", "moto", "ceph"])
-def test_from_a_zip_to_predictions(server, request, monkeypatch, tmp_path, bucket):
+def test_from_a_zip_to_predictions(server, request, tmp_path, bucket):
     environment = request.getfixturevalue(f"{server}_env")
-    use(monkeypatch, environment)
-    before = {path: path.stat().st_mtime for path in ROOT.rglob("*") if not {".git", ".venv", ".s3"} & set(path.parts)}
-    options = {"embedded": {}, "moto": dict(epochs=1), "ceph": dict(epochs=1, num_workers=2)}[server]
+    with connected(environment):
+        before = {path: path.stat().st_mtime for path in ROOT.rglob("*") if not {".git", ".venv", ".s3"} & set(path.parts)}
+        options = {"embedded": {}, "moto": dict(epochs=1), "ceph": dict(epochs=1, num_workers=2)}[server]
 
-    results = execute("01 02 03", tmp_path, bucket=bucket, **options)
-    assert (results["objects"], results["classes"]) == (1201, 5)
-    assert (results["train"], results["val"], results["test"], results["images"]) == (420, 90, 90, 90)
-    assert min(results[rate] for rate in ("train_images_per_second", "loader_images_per_second", "loader_speedup_over_naive")) > 0
-    if server == "embedded":  # with the parameters as they stand
-        assert min(results["val_accuracy"], results["test_accuracy"], results["test_macro_f1"]) > 0.75
+        results = execute("01 02 03", tmp_path, bucket=bucket, **options)
+        assert (results["objects"], results["classes"]) == (1201, 5)
+        assert (results["train"], results["val"], results["test"], results["images"]) == (420, 90, 90, 90)
+        assert min(results[rate] for rate in ("train_images_per_second", "loader_images_per_second", "loader_speedup_over_naive")) > 0
+        if server == "embedded":  # with the parameters as they stand
+            assert min(results["val_accuracy"], results["test_accuracy"], results["test_macro_f1"]) > 0.75
 
-    names = contents(bucket)
-    for part in ("hyperparameters.json", "history.csv", "metrics.json", "manifest.json", "plots/curves.png", "model/model.json"):
-        assert f"runs/train_cnn/TIME/{part}" in names
-    assert sum(name.startswith("models/cnn/") for name in names) == 2
-    after = {path: path.stat().st_mtime for path in ROOT.rglob("*") if not {".git", ".venv", ".s3"} & set(path.parts)}
-    changed = {path for path in after if path.is_file() and after[path] != before.get(path) and path.suffix != ".pyc"}
-    assert not changed, "the notebooks leave nothing on the local disk"
+        names = contents(bucket)
+        for part in ("hyperparameters.json", "history.csv", "metrics.json", "manifest.json", "plots/curves.png", "model/model.json"):
+            assert f"runs/train_cnn/TIME/{part}" in names
+        assert sum(name.startswith("models/cnn/") for name in names) == 2
+        after = {path: path.stat().st_mtime for path in ROOT.rglob("*") if not {".git", ".venv", ".s3"} & set(path.parts)}
+        changed = {path for path in after if path.is_file() and after[path] != before.get(path) and path.suffix != ".pyc"}
+        assert not changed, "the notebooks leave nothing on the local disk"
 
-    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    written += [bytes(storage.obstore.get(storage.store(bucket), item["path"]).bytes())
-                for name, item in storage.objects(f"s3://{bucket}").items() if name.startswith(("runs/", "models/"))]
-    assert len(written) > 20
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
-        assert not any(environment[name].encode() in text for text in written), f"{name} is in an output"
+        written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+        written += [bytes(storage.obstore.get(storage.store(bucket), item["path"]).bytes())
+                    for name, item in storage.objects(f"s3://{bucket}").items() if name.startswith(("runs/", "models/"))]
+        assert len(written) > 20
+        for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
+            assert not any(environment[name].encode() in text for text in written), f"{name} is in an output"
 
 
 def test_running_01_again_changes_nothing(embedded, tmp_path, bucket):
@@ -171,15 +162,13 @@ def test_real_photos(embedded, tmp_path, bucket):
 # ------------------------------------------------------------------------------------------------ when things break
 
 
-def test_a_server_that_fails_all_the_time_and_cannot_copy(embedded_env, monkeypatch, tmp_path, bucket, every):
-    use(monkeypatch, embedded_env)
+def test_a_server_that_fails_all_the_time_and_cannot_copy(embedded, tmp_path, bucket, every):
     execute("01 02 03", tmp_path, bucket=bucket, epochs=1, dataset_zip=every(12))
     whole = contents(bucket)
-    with fault_proxy(embedded_env["AWS_ENDPOINT_URL"], slow_down_every=3, reset_every=7, truncate_every=5, no_copy=True) as proxy:
-        use(monkeypatch, {**embedded_env, "AWS_ENDPOINT_URL": proxy.url})
+    faults = dict(slow_down_every=3, reset_every=7, truncate_every=5, no_copy=True)
+    with fault_proxy(embedded["AWS_ENDPOINT_URL"], **faults) as proxy, connected({**embedded, "AWS_ENDPOINT_URL": proxy.url}):
         execute("01 02 03", tmp_path, bucket=f"{bucket}-faults", epochs=1, dataset_zip=every(12))
         assert min(proxy.slow_downs, proxy.resets, proxy.truncations) > 10 and proxy.copies_refused
-    use(monkeypatch, embedded_env)
     assert contents(f"{bucket}-faults") == whole
 
 
@@ -191,11 +180,11 @@ def kill_the_kernel():
 
 
 @pytest.mark.parametrize("moment, number, part", [("upload", "01", 0.25), ("split", "01", 0.65), ("training", "02", 0.6)])
-def test_a_kernel_killed_in_the_middle(moment, number, part, embedded_env, monkeypatch, tmp_path, bucket, every):
+def test_a_kernel_killed_in_the_middle(moment, number, part, embedded, tmp_path, bucket, every):
     whole, killed, data = f"{bucket}-whole", f"{bucket}-killed", dict(dataset_zip=every(4))
     options = data if number == "01" else dict(epochs=2)
-    with fault_proxy(embedded_env["AWS_ENDPOINT_URL"]) as proxy:
-        use(monkeypatch, {**embedded_env, "AWS_ENDPOINT_URL": proxy.url})
+    url = embedded["AWS_ENDPOINT_URL"]
+    with fault_proxy(url) as proxy, connected({**embedded, "AWS_ENDPOINT_URL": proxy.url}):
         if number == "02":
             execute("01", tmp_path, bucket=whole, **data)
             execute("01", tmp_path, bucket=killed, **data)

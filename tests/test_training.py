@@ -284,4 +284,4 @@ def test_early_stopping_lets_the_others_have_the_last_epoch():
 def test_the_progress_bar_shows_epoch_loss_and_samples_per_second(capsys):
     make_loop().fit(2)
     bars = re.split("[\r\n]", capsys.readouterr().out)
-    assert re.search(r"epoch 2/2: 100%.*6/6 .*loss \d\.\d{3}, [\d,]+/s", [bar for bar in bars if bar.strip()][-1])
+    assert re.search(r"epoch 2/2: 100%.*6/6 .*loss \d\.\d{3}, [\d,]+ samples/s", [bar for bar in bars if bar.strip()][-1])
