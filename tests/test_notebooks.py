@@ -179,7 +179,7 @@ def kill_the_kernel():
                 process.kill()
 
 
-@pytest.mark.parametrize("moment, number, part", [("upload", "01", 0.25), ("split", "01", 0.65), ("training", "02", 0.6)])
+@pytest.mark.parametrize("moment, number, part", [("upload", "01", 0.25), ("split", "01", 0.65), ("training", "02", 0.8)])
 def test_a_kernel_killed_in_the_middle(moment, number, part, embedded, tmp_path, bucket, every):
     whole, killed, data = f"{bucket}-whole", f"{bucket}-killed", dict(dataset_zip=every(4))
     options = data if number == "01" else dict(epochs=2)
@@ -203,6 +203,8 @@ def test_a_kernel_killed_in_the_middle(moment, number, part, embedded, tmp_path,
             assert 0 < sum("/train/" in name for name in names) < 105
         if moment == "training":
             assert not any(name.startswith("models/") for name in names)
+
+            assert any("/checkpoints/step_" in name for name in names)  # to go on from
 
         execute(number, tmp_path, bucket=killed, **options)
         assert contents(killed) == contents(whole)

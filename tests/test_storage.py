@@ -887,7 +887,7 @@ def killed(code, *arguments, requests):
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("requests", [40, 108])  # in the midst of the small ones, and of the parts of the large one
+@pytest.mark.parametrize("requests", [40, 105])  # in the midst of the small ones, and of the parts of the large one
 @both
 def test_an_unzip_that_was_killed_is_completed(s3, requests, tmp_path):
     members = {f"cats/{i}.bin": random.randbytes(20_000) for i in range(100)}

@@ -214,7 +214,7 @@ class Diary(Callback):
 
 
 def epoch(number, steps=3):
-    return [f"before_epoch {number}", *[f"after_step {number}"] * steps, f"after_epoch {number}"]
+    return [f"before_epoch {number}", *[f"after_backward {number}", f"after_step {number}"] * steps, f"after_epoch {number}"]
 
 
 def test_callbacks_are_called_at_every_moment():
@@ -222,7 +222,7 @@ def test_callbacks_are_called_at_every_moment():
     loop.fit(2, [Diary(pages)])
     assert pages == ["before_fit 0", *epoch(1), *epoch(2), "after_fit 2"]
     loop.fit(1)
-    assert len(pages) == 12
+    assert len(pages) == 18
 
 
 def test_callbacks_run_by_their_order_and_then_as_given():

@@ -1,0 +1,352 @@
+"""What TrainLoop trains is exactly what plain PyTorch would: for all kinds of models, when killed, on two processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from helpers import storage
+from helpers.training import Callback, CancelFit, Checkpoint, TrainLoop, pack, unpack
+
+CRITERION = nn.CrossEntropyLoss()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The number of threads changes the order of sums, and so the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def same(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(count, seed=1):
+    return torch.randint(3, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+# -------------------------------------------------------------------------------------------------- kinds of models
+
+
+class LSTMClassifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.head(self.lstm(inputs)[0][:, -1])
+
+
+def test_an_lstm_classifier_trains_to_the_weights_of_a_plain_loop():
+    data, models = TensorDataset(noise(20, 6, 4), labels(20)), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(LSTMClassifier())
+    mine, plain = models
+    optimizer = torch.optim.RMSprop(plain.parameters(), lr=0.01)
+    for _ in range(3):
+        for inputs, targets in DataLoader(data, 8):
+            optimizer.zero_grad()
+            CRITERION(plain(inputs), targets).backward()
+            optimizer.step()
+    TrainLoop(mine, DataLoader(data, 8), optimizer=torch.optim.RMSprop(mine.parameters(), lr=0.01), criterion=CRITERION).fit(3)
+    assert same(mine, plain)
+
+
+def test_a_model_of_transformers_trains_by_the_loss_it_returns():
+    tokens = torch.randint(50, (12, 7), generator=torch.Generator().manual_seed(0))
+    batches = DataLoader([{"input_ids": row, "labels": row} for row in tokens], 4)
+    config, models = GPT2Config(vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2,
+                                resid_pdrop=0, embd_pdrop=0, attn_pdrop=0), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(GPT2LMHeadModel(config))
+    mine, plain = models
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    torch.manual_seed(1)
+    plain.train()
+    for _ in range(2):
+        for batch in batches:
+            optimizer.zero_grad()
+            plain(**batch).loss.backward()
+            optimizer.step()
+    torch.manual_seed(1)
+    loop = TrainLoop(mine, batches, batches, optimizer=torch.optim.SGD(mine.parameters(), lr=0.1))
+    history = loop.fit(2)
+    assert same(mine, plain) and history[-1]["val_loss"] < history[0]["train_loss"]
+    logits, targets = loop.predict(batches)
+    assert logits.shape == (12, 7, 50) and torch.equal(targets, tokens)
+
+
+class Adversaries(nn.Module):
+    """A generator and a discriminator that train against each other, on rows of four numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator, self.discriminator = nn.Linear(2, 4), nn.Linear(4, 1)
+
+    def get_loss(self, batch, criterion):
+        real, latent = batch
+        fake = self.generator(latent)
+        yield criterion(self.discriminator(torch.cat([real, fake.detach()])), torch.cat([torch.ones(len(real), 1), torch.zeros(len(real), 1)]))
+        yield criterion(self.discriminator(fake), torch.ones(len(real), 1))
+
+    def get_predictions(self, batch):
+        return self.generator(batch[1]), batch[0]
+
+
+def test_two_adversaries_train_with_two_optimizers_as_in_a_plain_loop():
+    data, models, criterion = TensorDataset(noise(16, 4), noise(16, 2, seed=1)), [], nn.BCEWithLogitsLoss()
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Adversaries())
+    mine, plain = models
+
+    def optimizers(model):
+        return [torch.optim.Adam(part.parameters(), lr=0.01) for part in (model.discriminator, model.generator)]
+
+    both = optimizers(plain)
+    for _ in range(3):
+        for real, latent in DataLoader(data, 8):
+            for optimizer in both:
+                for other in both:
+                    other.zero_grad()
+                fake = plain.generator(latent)
+                if optimizer is both[0]:
+                    guesses = plain.discriminator(torch.cat([real, fake.detach()]))
+                    loss = criterion(guesses, torch.cat([torch.ones(8, 1), torch.zeros(8, 1)]))
+                else:
+                    loss = criterion(plain.discriminator(fake), torch.ones(8, 1))
+                loss.backward()
+                optimizer.step()
+    loop = TrainLoop(mine, DataLoader(data, 8), optimizer=optimizers(mine), criterion=criterion)
+    loop.fit(3)
+    assert same(mine, plain)
+    assert loop.predict(DataLoader(data, 8))[0].shape == (16, 4)
+
+
+# --------------------------------------------------------------------------------------- steps, groups and precision
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 4])
+def test_accumulated_gradients_are_those_of_the_large_batch(accumulate):
+    data, models = TensorDataset(noise(40, 5), labels(40)), []
+    for size, groups in ((4, accumulate), (4 * accumulate, 1)):  # of 10 batches, the last group of 3 or 4 is smaller
+        torch.manual_seed(0)
+        models.append(nn.Linear(5, 3))
+        loop = TrainLoop(models[-1], DataLoader(data, size), optimizer=torch.optim.SGD(models[-1].parameters(), lr=0.1),
+                         criterion=CRITERION, accumulate=groups)
+        loop.fit(2)
+    for one, other in zip(*(model.parameters() for model in models)):
+        torch.testing.assert_close(one, other)
+
+
+def test_fit_for_so_many_steps_ends_within_an_epoch_and_goes_on_from_there():
+    data, model = TensorDataset(noise(40, 5), labels(40)), nn.Linear(5, 3)
+    loop = TrainLoop(model, DataLoader(data, 4), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=CRITERION)
+    assert len(loop.fit(num_steps=13)) == 2 and loop.steps == 13
+    loop.fit(num_steps=1)
+    assert loop.steps == 14
+
+
+def test_bf16_trains_with_weights_in_full_precision():
+    data, model, seen = TensorDataset(noise(16, 5), labels(16)), nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)), []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    loop = TrainLoop(model, DataLoader(data, 8), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=CRITERION,
+                     mixed_precision="bf16")
+    loop.fit(1)
+    assert set(seen) == {torch.bfloat16} and {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert loop.predict(DataLoader(data, 8))[0].dtype == torch.float32
+
+
+def test_gradients_can_be_changed_before_the_step():
+    class Clip(Callback):
+        def after_backward(self, loop):
+            nn.utils.clip_grad_norm_(loop.model.parameters(), 1e-9)
+
+    model = nn.Linear(5, 3)
+    before = model.weight.detach().clone()
+    data = DataLoader(TensorDataset(noise(16, 5), labels(16)), 8)
+    TrainLoop(model, data, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=CRITERION).fit(1, [Clip()])
+    torch.testing.assert_close(model.weight, before)
+
+
+# ------------------------------------------------------------------------------------------- killed, and going on
+
+
+class Augmented(Dataset):
+    """Rows that are a little different each time, drawn from every random generator there is."""
+
+    def __init__(self):
+        self.rows, self.targets = noise(44, 5), labels(44)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index] + 0.1 * torch.randn(5) + random.random(), self.targets[index]
+
+
+def trainee(own_generator=True):
+    """A loop with everything that has a state: dropout, batch norm, Adam, a schedule, a shuffled and augmented set."""
+    random.seed(0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(5) if own_generator else None
+    return TrainLoop(model, DataLoader(Augmented(), 4, shuffle=True, generator=generator),
+                     DataLoader(Augmented(), 8), optimizer=optimizer, criterion=CRITERION, accumulate=2,
+                     scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, 4 * 6),
+                     metrics={"accuracy": MulticlassAccuracy(3)})
+
+
+def outcome(loop):
+    """Weights and history, the times left out."""
+    return loop.model, [{name: value for name, value in row.items() if "second" not in name} for row in loop.history]
+
+
+@pytest.mark.parametrize("own_generator", [True, False])
+@pytest.mark.parametrize("stop", [2, 4, 10, 11, 12, 23, 33, 43])
+def test_training_taken_up_at_any_step_ends_as_if_it_had_never_stopped(stop, own_generator, tmp_path):
+    class Stop(Callback):
+        order = 99
+
+        def after_step(self, loop):
+            if loop.steps == stop:
+                raise CancelFit
+
+    whole = trainee(own_generator)
+    whole.fit(4)
+    trainee(own_generator).fit(4, [Checkpoint(str(tmp_path), every_steps=1), Stop()])
+    again = trainee(own_generator)
+    torch.manual_seed(99)  # whatever was drawn before makes no difference
+    again.fit(4, [Checkpoint(str(tmp_path), every_steps=1)])
+    assert same(outcome(again)[0], outcome(whole)[0]) and outcome(again)[1] == outcome(whole)[1]
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_training_killed_again_and_again_ends_as_if_it_had_not(place, tmp_path):
+    whole = trainee()
+    whole.fit(4)
+    if place == "local":
+        url, environment = str(tmp_path / "checkpoints"), {}
+    else:
+        url, environment = "s3://killed/checkpoints", storage.serve(tmp_path / "s3")
+        (tmp_path / "s3/killed").mkdir()
+    deaths, wait = 0, random.Random(0)
+    while True:
+        process = subprocess.Popen([sys.executable, __file__, "train", url, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                                   env={**os.environ, **environment})
+        process.stdout.readline()  # it begins to train
+        time.sleep(wait.uniform(0.02, 0.25))
+        if deaths < 3:
+            process.send_signal(signal.SIGKILL)
+        if process.wait(60) == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        deaths += 1
+    assert deaths > 1
+    weights = load_file(tmp_path / "weights.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in whole.model.state_dict().items())
+    assert json.loads((tmp_path / "history.json").read_text()) == outcome(whole)[1]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_newest_are_kept(tmp_path):
+    trainee().fit(2, [Checkpoint(str(tmp_path), every_steps=3, keep=3)])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 3 and names[-1] == "step_000000022_000000000.safetensors"
+    newest = tmp_path / names[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    loop = trainee()
+    assert len(loop.fit(2, [Checkpoint(str(tmp_path))])) == 2  # taken up from the one before
+    assert loop.steps == 22
+
+
+def test_any_state_is_packed_without_a_pickle():
+    state = {"a": [1, 2.5, None, "text", True, (1, (2, 3))], 4: {"inf": float("inf")}, "t": torch.arange(6).view(2, 3).T,
+             "half": noise(3).bfloat16(), "empty": torch.zeros(0), "scalar": torch.tensor(0.1), "d": {}, "l": [], "u": ()}
+    again = unpack(pack(state))
+    for name in ("t", "half", "empty", "scalar"):
+        assert torch.equal(state.pop(name), again.pop(name))
+    assert again == state and b"pickle" not in pack(state)
+
+
+# -------------------------------------------------------------------------------------------------- two processes
+
+
+def test_two_processes_train_and_measure_as_one_with_twice_the_batch(tmp_path):
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__,
+                   "both", str(16 // processes), str(tmp_path / f"{processes}")]
+        done = subprocess.run(command, timeout=120, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        # Not the exit code: gloo's threads now and then abort a process that has done its work and is about to end.
+        assert (tmp_path / f"{processes}.json").exists(), done.stderr
+    one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
+    one, two = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
+    assert one == pytest.approx(two, rel=1e-5) and one["count"] == 41  # does not divide by two
+
+
+class Count(MulticlassAccuracy):
+    """The number of samples that were seen."""
+
+    def __init__(self):
+        super().__init__(3)
+        self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, outputs, targets):
+        self.seen += len(targets)
+
+    def compute(self):
+        return self.seen
+
+
+if __name__ == "__main__":
+    mode, *arguments = sys.argv[1:]
+    torch.set_num_threads(1)
+    if mode == "train":
+        url, folder = arguments[0], Path(arguments[1])
+        if url.startswith("s3://"):
+            storage.connect()
+        loop = trainee()
+        print("training", flush=True)
+        loop.fit(4, [Checkpoint(url, every_steps=1)])
+        model, history = outcome(loop)
+        save_file(model.state_dict(), folder / "weights.safetensors")
+        (folder / "history.json").write_text(json.dumps(history))
+    else:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        loop = TrainLoop(net, DataLoader(TensorDataset(noise(64, 5), labels(64)), int(arguments[0])),
+                         DataLoader(TensorDataset(noise(41, 5, seed=3), labels(41)), int(arguments[0])),
+                         optimizer=torch.optim.SGD(net.parameters(), lr=0.1), criterion=CRITERION,
+                         metrics={"accuracy": MulticlassAccuracy(3), "count": Count()})
+        row = loop.fit(3)[-1]
+        if loop.accelerator.is_main_process:
+            save_file(net.state_dict(), arguments[1] + ".safetensors")
+            values = {"train_loss": row["train_loss"], "val_loss": row["val_loss"], "accuracy": row["val_accuracy"],
+                      "count": row["val_count"]}
+            Path(arguments[1] + ".json").write_text(json.dumps(values))
+        loop.accelerator.wait_for_everyone()
+        loop.accelerator.end_training()
