@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 
-import fsspec
 import numpy as np
 import safetensors.torch
 import torch
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
 from helpers import experiment
-from helpers.storage import explained, progress
+from helpers.storage import progress
 
 REFRESH = 0.25  # seconds between two looks at the loss: each look waits for the device, so not every step
 
@@ -270,7 +269,7 @@ class TrainLoop:
 
 
 class EarlyStopping(Callback):
-    """End training when a number in the history did not get better for `patience` epochs; a loss gets smaller."""
+    """End training when a number in the history did not get better for `patience` epochs (see smaller_is_better)."""
 
     order = 100  # after those that keep what the epoch brought
 
@@ -279,7 +278,7 @@ class EarlyStopping(Callback):
 
     def after_epoch(self, loop):
         values = [row[self.monitor] for row in loop.history]
-        best = values.index(min(values) if "loss" in self.monitor else max(values))
+        best = values.index((min if experiment.smaller_is_better(self.monitor) else max)(values))
         if len(values) - 1 - best >= self.patience:
             raise CancelFit
 
@@ -320,9 +319,7 @@ class Checkpoint(Callback):
             state = loop.state_dict()
             experiment.write(f"{self.url}/step_{loop.steps:09d}_{loop.batch:09d}.safetensors", pack(state))
             for name in self._names()[:-self.keep]:
-                with explained(f"{self.url}/{name}"):
-                    filesystem, path = fsspec.url_to_fs(f"{self.url}/{name}")
-                    filesystem.rm_file(path)
+                experiment.remove(f"{self.url}/{name}")
 
     def _names(self):
         return [name for name in experiment.files(self.url) if re.fullmatch(r"step_\d+_\d+\.safetensors", name)]

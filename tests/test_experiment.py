@@ -1,5 +1,7 @@
-"""Runs and models in a local folder, in memory and on S3; what is left when the writing process is killed."""
+"""Runs, comparisons and models in a local folder, in memory, on S3 and on Google Cloud Storage; what is left when the
+writing process is killed."""
 
+import ast
 import csv
 import io
 import json
@@ -9,20 +11,31 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from datetime import datetime, timedelta, timezone
+from html.parser import HTMLParser
+from importlib.metadata import version
+from pathlib import Path
 
 import cv2
 import fsspec
 import matplotlib.figure
+import nbformat
 import numpy as np
+import papermill
 import pytest
+import safetensors.torch
 import torch
+from servers import gcs
 from servers.embedded import connected
 from servers.fault_proxy import fault_proxy
 from torch import nn
 
 from helpers import experiment, storage
+from helpers.run import OwnKernel
 
 SECRET = "AWS_SECRET_ACCESS_KEY"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,12 +46,23 @@ def s3(tmp_path_factory):
         yield
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", "s3", "gs"])
 def url(request, tmp_path):
     """A place for runs and models that is not there yet."""
+    if request.param == "gs":
+        request.getfixturevalue("google")
     name = request.node.originalname
-    places = {"local": tmp_path, "memory": "memory:/", "s3": "s3://experiments"}
+    places = {"local": tmp_path, "memory": "memory:/", "s3": "s3://experiments", "gs": "gs://experiments"}
     return f"{places[request.param]}/{name}"
+
+
+@pytest.fixture(scope="module")
+def google(tmp_path_factory):
+    """An emulator of Google Cloud Storage with the bucket experiments, which gs:// URLs lead to."""
+    if gcs.missing():
+        pytest.skip(f"not installed here: {', '.join(gcs.missing())}")
+    with gcs.gcs(tmp_path_factory.mktemp("gcs"), "experiments"):
+        yield
 
 
 def linear(seed, size=4):
@@ -65,6 +89,7 @@ def full_run(url, **hyperparameters):
     run.save_figure("curves", figure())
     run.save_model(linear(0), classes=["a", "b"])
     run.save_model(linear(1), classes=["a", "b", "c"])
+    run.save_predictions(torch.arange(6.0).reshape(3, 2).T, np.array([1, 0]))
     run.finish({"accuracy": 0.75, "model": "there"})
     return run
 
@@ -76,10 +101,10 @@ def test_a_run_leaves_all_its_files_and_a_manifest_that_lists_them(url):
     run = full_run(url, epochs=2, rate=0.1, sizes=(1, 2), note="é", nothing=None)
     folder, of = run.url.rsplit("/", 1)
     assert folder == url
-    weights, = (name for name in experiment.files(run.url) if name.endswith(".safetensors"))
-    listed = json.loads(experiment.read(f"{run.url}/manifest.json"))
-    assert listed == ["history.csv", "hyperparameters.json", "metrics.json", weights, "model/model.json",
-                      "plots/curves.png"]
+    weights, = (name for name in experiment.files(run.url) if name.startswith("model/model-"))
+    listed = json.loads(experiment.read(f"{run.url}/manifest.json"))["files"]
+    assert listed == ["code.py", "environment.json", "history.csv", "hyperparameters.json", "metrics.json", weights,
+                      "model/model.json", "plots/curves.png", "predictions.safetensors"]
     assert experiment.files(url) == sorted(f"{of}/{name}" for name in [*listed, "manifest.json"])
     assert json.loads(experiment.read(f"{run.url}/hyperparameters.json")) == {
         "epochs": 2, "rate": 0.1, "sizes": [1, 2], "note": "é", "nothing": None}
@@ -91,6 +116,8 @@ def test_a_run_leaves_all_its_files_and_a_manifest_that_lists_them(url):
     assert image.startswith(b"\x89PNG\r\n") and cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR).std() > 0
     loaded, config = experiment.load_model(f"{run.url}/model")
     assert same(loaded, linear(1)) and config == {"classes": ["a", "b", "c"]}
+    predictions = safetensors.torch.load(experiment.read(f"{run.url}/predictions.safetensors"))
+    assert predictions["outputs"].tolist() == [[0, 2, 4], [1, 3, 5]] and predictions["targets"].tolist() == [1, 0]
 
 
 def test_the_manifest_comes_last():
@@ -114,7 +141,7 @@ def test_only_a_cut_off_run_with_the_same_hyperparameters_is_taken_up_again(url)
     again = experiment.Run(f"{url}/", a=1, b=(2, 3))
     assert again.url == first.url
     again.finish({})
-    assert "plots/early.png" in json.loads(experiment.read(f"{again.url}/manifest.json"))
+    assert "plots/early.png" in json.loads(experiment.read(f"{again.url}/manifest.json"))["files"]
     new = experiment.Run(url, a=1, b=(2, 3))
     assert new.url not in (first.url, other.url) and new.url > first.url
 
@@ -132,16 +159,286 @@ def test_the_newest_of_several_cut_off_runs_is_taken_up():
     assert experiment.Run("memory://several", a=1).url == "memory://several/2026-01-01"
 
 
-def test_no_file_of_a_run_holds_a_secret():
+def test_times_are_in_the_manifest_in_utc_and_nowhere_else(monkeypatch):
+    """The same run again, an hour and a time zone later, differs in its name and manifest only."""
+    before, contents = datetime.now(timezone.utc), []
+    for zone in "UTC", "Asia/Tokyo":
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        run = full_run(f"memory://times/{len(contents)}", a=1)
+        contents.append({name: experiment.read(f"{run.url}/{name}") for name in experiment.files(run.url)})
+        manifest = json.loads(contents[-1].pop("manifest.json"))
+        started, finished = (datetime.fromisoformat(manifest[name]) for name in ("started", "finished"))
+        named = datetime.strptime(f"{run.url.rpartition('/')[2]}+0000", "%Y-%m-%dT%H-%M-%S.%f%z")
+        assert started.utcoffset() == finished.utcoffset() == timedelta(0)
+        assert before <= started == named < finished <= datetime.now(timezone.utc)
+    assert contents[0] == contents[1] and len(contents[0]) == 9
+    monkeypatch.undo()
+    time.tzset()
+
+
+def run_a_script(folder, source, **env):
+    """Run Python source as a script with the folder as its current one; fails with what it says."""
+    script = folder / "train.py"
+    script.write_text(source, encoding="utf-8")
+    done = subprocess.run([sys.executable, script, "and", "arguments"], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **env}, timeout=60)
+    assert not done.returncode, done.stderr
+    return script
+
+
+BY_HAND = """
+import sys
+from helpers.experiment import Run
+sys.argv[0] = "another"
+weight, rows = 1.0, []
+run = Run("runs/by_hand", lr=0.1)
+for epoch in range(3):
+    weight -= 0.1 * weight  # größer wird es nicht
+    rows.append({"epoch": epoch, "loss": weight ** 2})
+    run.save_history(rows)
+run.finish({"loss": rows[-1]["loss"]})
+assert not {"helpers.training", "accelerate", "transformers"} & {*sys.modules}, "none of that is needed"
+"""
+
+
+def test_a_loop_written_by_hand_needs_three_lines_and_keeps_its_script(tmp_path):
+    script = run_a_script(tmp_path, BY_HAND)
+    run, = (tmp_path / "runs/by_hand").iterdir()
+    assert (run / "code.py").read_bytes() == script.read_bytes()
+    assert len((run / "history.csv").read_text().splitlines()) == 4 and (run / "manifest.json").exists()
+    assert json.loads((run / "metrics.json").read_text())["loss"] == pytest.approx(0.9 ** 6)
+
+
+def git(folder, *arguments):
+    settings = ["-c", "user.name=n", "-c", "user.email=e", "-c", "init.defaultBranch=main"]
+    done = subprocess.run(["git", *settings, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_the_environment_names_versions_and_the_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+    def environment():
+        return json.loads(experiment.read(f"{experiment.Run('memory://environment', a=1).url}/environment.json"))
+
+    monkeypatch.chdir(tmp_path)
+    found = environment()
+    assert found["python"] == sys.version.split()[0] and sys.platform.lower() in found["platform"].lower()
+    assert {"torch", "torchvision", "transformers", "accelerate", "numpy"} <= found["packages"].keys()
+    assert found["packages"] == {name: version(name) for name in found["packages"]}
+    assert found["git_commit"] is None and found["git_dirty"] is None
+    git(tmp_path, "init")
+    assert environment()["git_commit"] is None  # and nothing in it
+    (tmp_path / "file").write_text("one")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "one")
+    git(tmp_path, "tag", "v1")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert [environment()[name] for name in ("git_commit", "git_dirty")] == [commit, False]
+    (tmp_path / "file").write_text("two")
+    assert [environment()[name] for name in ("git_commit", "git_dirty")] == [commit, True]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment()["git_commit"] is None  # no git at all
+
+
+def test_no_file_of_a_run_holds_a_secret(tmp_path):
     run = full_run("s3://experiments/secrets", bucket="experiments")
-    for name in experiment.files(run.url):
-        data = experiment.read(f"{run.url}/{name}")
+    run_a_script(tmp_path, f"""
+import os
+from helpers.experiment import Run
+SECRET = {os.environ[SECRET]!r}  # as people do
+print(os.environ)
+Run("s3://experiments/secrets", bucket="another").finish({{}})
+""")
+    names = experiment.files("s3://experiments/secrets")
+    assert run.url and len(names) == 10 + 5
+    for name in names:
+        data = experiment.read(f"s3://experiments/secrets/{name}")
         assert os.environ[SECRET].encode() not in data and os.environ["AWS_ACCESS_KEY_ID"].encode() not in data
+        assert not name.endswith("code.py") or b"secrets" not in data or b"'***'  # as people do" in data
+
+
+def test_a_run_in_a_notebook_keeps_the_cells_that_ran_and_no_output(tmp_path):
+    """As papermill runs it: with its parameters, magics, a secret that is shown, and a cell that never ran."""
+    cells = ["import os\nfrom helpers import experiment", "rate = 0.1", f"print(os.environ[{SECRET!r}], 'shown')",
+             "%time 1 + 1", "run = experiment.Run(url, rate=rate)\nearly = run.url",
+             "2 * 'größe'", "run.finish({'rate': rate})", "'too late'"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    notebook.cells[1].metadata["tags"] = ["parameters"]
+    url = "s3://experiments/notebook"
+    papermill.execute_notebook(notebook, tmp_path / "ran.ipynb", {"rate": 0.5, "url": url}, kernel_name="python3",
+                               language="python", kernel_manager_class=OwnKernel, cwd=ROOT, progress_bar=False)
+    assert os.environ[SECRET] in (tmp_path / "ran.ipynb").read_text()
+    code, = (experiment.read(f"{url}/{name}").decode() for name in experiment.files(url) if name.endswith("/code.py"))
+    ast.parse(code)  # magics included
+    order = ["# In [1]\nimport os\n", "# In [2]\nrate = 0.1", "rate = 0.5", "experiment.Run(url", "2 * 'größe'",
+             "run.finish({'rate': rate})"]
+    places = [code.index(part) for part in order]
+    assert places == sorted(places) and "too late" not in code and os.environ[SECRET] not in code
 
 
 def test_a_bucket_that_is_not_there_is_a_clear_error():
     with pytest.raises(storage.StorageError, match="no-such-bucket"):
         experiment.Run("s3://no-such-bucket/runs", a=1)
+
+
+# -------------------------------------------------------------------------------------------------------- comparisons
+
+
+def past_run(url, name, hyperparameters, metrics=None):
+    """A run of that name as `Run` leaves it; without metrics one that was cut off."""
+    experiment.write(f"{url}/{name}/hyperparameters.json", json.dumps(hyperparameters).encode())
+    if metrics is not None:
+        experiment.write(f"{url}/{name}/metrics.json", json.dumps(metrics).encode())
+        experiment.write(f"{url}/{name}/manifest.json", b"{}")
+
+
+@pytest.fixture
+def compared(url):
+    past_run(url, "2026-01-02", {"lr": 0.1, "model": "cnn", "seed": 0}, {"accuracy": 0.5, "val_loss": 3, "run": "x"})
+    past_run(url, "2026-01-03", {"lr": 0.001, "model": "cnn", "seed": 0}, {"accuracy": 0.75, "val_loss": 2.5})
+    past_run(url, "2026-01-01", {"lr": 1, "model": "mlp", "seed": 0, "depth": None}, {"accuracy": 0.25, "val_loss": 1})
+    past_run(url, "2026-01-04", {"lr": 1e-5, "model": "cnn", "seed": 0})
+    return url
+
+
+def test_runs_are_compared_newest_first_with_what_differs(compared):
+    comparison = experiment.compare(f"{compared}/")
+    marks = {"finished": True, "newest": False, "best": False}
+    assert comparison.url == compared and comparison.metric == "accuracy"
+    assert comparison.rows == [
+        {"run": "2026-01-04", **marks, "finished": False, "newest": True, "lr": 1e-5, "model": "cnn"},
+        {"run": "2026-01-03", **marks, "best": True, "lr": 0.001, "model": "cnn", "accuracy": 0.75, "val_loss": 2.5},
+        {"run": "2026-01-02", **marks, "lr": 0.1, "model": "cnn", "accuracy": 0.5, "val_loss": 3},
+        {"run": "2026-01-01", **marks, "lr": 1, "model": "mlp", "depth": None, "accuracy": 0.25, "val_loss": 1}]
+
+
+def best(comparison):
+    return [row["run"] for row in comparison.rows if row["best"]]
+
+
+def test_the_best_run_is_that_of_the_largest_metric_or_of_the_smallest_loss():
+    url = "memory://best"
+    for day, value in enumerate([0.5, float("nan"), 0.75, 0.25, float("inf"), True, "high", None]):
+        past_run(url, f"2026-01-0{day + 1}", {"day": day},
+                 {name: value for name in ("accuracy", "val_loss", "top_1_Error", "perplexity", "glossiness")})
+    assert [best(experiment.compare(url, name)) for name in ("accuracy", "val_loss", "top_1_Error", "perplexity")] == [
+        ["2026-01-03"], ["2026-01-04"], ["2026-01-04"], ["2026-01-04"]]
+    with pytest.raises(ValueError, match="memory://best has a metric 'acuracy'; there are: accuracy, val_loss"):
+        experiment.compare(url, "acuracy")
+
+
+def test_runs_of_several_projects_are_compared(url):
+    real = experiment.Run(f"{url}/train", epochs=3, bucket="b")
+    real.finish({"epochs": 2, "best": 1, "accuracy": 0.5})
+    past_run(url, "other/2020-01-01", {"bucket": "b"}, {"epochs": 9})
+    past_run(f"{url}-2", "other/2020-01-01", {"bucket": "b"}, {"epochs": 9})
+    comparison = experiment.compare(url, "accuracy")
+    facts = {"finished": True, "newest": True, "best": True}
+    name = f"train/{real.url.rpartition('/')[2]}"
+    assert comparison.rows == [{"run": name, **facts, "epochs": 3, "epochs (result)": 2, "best (result)": 1,
+                                "accuracy": 0.5},
+                               {"run": "other/2020-01-01", **facts, "newest": False, "best": False,
+                                "epochs (result)": 9}]
+
+
+def test_nothing_to_compare_is_an_empty_table():
+    nothing, one = experiment.compare("memory://no/runs"), experiment.Run("memory://one", a=1)
+    assert nothing.rows == [] and "0 runs at memory://no/runs" in nothing._repr_html_()
+    row, = experiment.compare("memory://one", "accuracy").rows  # that does not fail before the first run is finished
+    assert row == {"run": one.url[13:], "finished": False, "newest": True, "best": False}
+    with pytest.raises(storage.StorageError, match="no-such-bucket"):
+        experiment.compare("s3://no-such-bucket/runs")
+
+
+class Table(HTMLParser):
+    """The texts of the cells, line by line, and the tags."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.lines, self.tags = [[]], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "tr":
+            self.lines.append([])
+        if tag in ("td", "th"):
+            self.lines[-1].append("")
+
+    def handle_data(self, data):
+        self.lines[-1][-1] += data
+
+
+def test_the_table_shows_what_differs_what_came_out_and_which_is_best(compared):
+    past_run(compared, "2025-01-01", {"lr": 1e-5, "model": "<script>alert('a')</script>", "a & b": "<b>"}, {"<i>": 1})
+    table = Table(experiment.compare(compared, "val_loss")._repr_html_())
+    assert table.lines == [
+        [f"5 runs at {compared}", "", "lr", "model", "seed", "accuracy", "val_loss ↓", "depth", "a & b", "<i>"],
+        ["2026-01-04", "newest, cut off", "1e-05", "cnn", "0", "", "", "", "", ""],
+        ["2026-01-03", "", "0.001", "cnn", "0", "0.75", "2.5", "", "", ""],
+        ["2026-01-02", "", "0.1", "cnn", "0", "0.5", "3", "", "", ""],
+        ["2026-01-01", "★ best", "1", "mlp", "0", "0.25", "1", "None", "", ""],
+        ["2025-01-01", "", "1e-05", "<script>alert('a')</script>", "", "", "", "", "<b>", "1"]]
+    assert {tag for tag, _ in table.tags} == {"table", "tr", "th", "td"}
+    colours = [attributes["style"] for tag, attributes in table.tags if tag == "tr"]
+    assert [bool("rgba" in colour) for colour in colours] == [False, False, False, True, False]
+
+
+def test_a_plot_shows_a_metric_over_a_hyperparameter(compared):
+    comparison = experiment.compare(compared)
+    axis, = comparison.plot("lr").axes
+    points, star = (part.get_offsets().tolist() for part in axis.collections)
+    assert sorted(points) == [[0.001, 0.75], [0.1, 0.5], [1, 0.25]] and star == [[0.001, 0.75]]
+    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_xscale()) == ("lr", "accuracy", "log")
+    axis, = comparison.plot("model", "val_loss").axes
+    assert axis.collections[1].get_offsets().tolist() == [[0, 1]]  # of the first category
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["mlp", "cnn"]
+    axis, = comparison.plot("depth").axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["None"]
+    experiment.Run(compared, plotted=True).save_figure("plot", comparison.plot("lr"))
+    assert not matplotlib.pyplot.get_fignums()  # Jupyter would show the open ones a second time
+    with pytest.raises(ValueError, match="both 'seed' and 'accuracy'; there are: .*, lr, model, .*accuracy"):
+        comparison.plot("seed")
+
+
+def test_200_runs_over_a_slow_network_are_compared_in_seconds():
+    for number in range(200):
+        past_run("s3://experiments/many", f"2026-01-01T{number:03}", {"lr": number}, {"accuracy": number})
+    direct = os.environ["AWS_ENDPOINT_URL"]
+    with fault_proxy(direct) as proxy:
+        proxy.delay = 0.04
+        with connected({**os.environ, "AWS_ENDPOINT_URL": proxy.url}):
+            start = time.perf_counter()
+            comparison = experiment.compare("s3://experiments/many")
+            seconds = time.perf_counter() - start
+        assert proxy.requests >= 400
+    storage.connect()
+    assert len(comparison.rows) == 200 and best(comparison) == ["2026-01-01T199"] and comparison.rows[0]["newest"]
+    assert seconds < 6, "one after the other it is 16 s"
+
+
+def test_a_damaged_file_of_a_run_is_a_clear_error(compared):
+    experiment.write(f"{compared}/2026-01-02/metrics.json", b"{no json")
+    with pytest.raises(storage.StorageError, match=f"{compared}/2026-01-02/metrics.json"):
+        experiment.compare(compared)
+
+
+# ------------------------------------------------------------------------------------------------------------- google
+
+
+def test_what_goes_wrong_at_google_is_a_sentence(google):
+    for call in (lambda: experiment.read("gs://experiments/no/object"),
+                 lambda: experiment.Run("gs://no-such-bucket/runs", a=1)):
+        with pytest.raises(storage.NotFound, match="gs://(experiments/no/object|no-such-bucket/runs).*check the name"):
+            call()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(storage.StorageError, match="abfs://container/run.*[Ii]nstall adlfs"):
+        experiment.read("abfs://container/run")
 
 
 # ------------------------------------------------------------------------------------------------------------- models
