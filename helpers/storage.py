@@ -83,11 +83,12 @@ def connect():
     if endpoint.startswith("http://"):
         os.environ.setdefault("AWS_ALLOW_HTTP", "true")  # what obstore and other Rust clients ask for
     with explained("connecting"):
-        quick = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 4})
+        quick = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 5})
         try:
             boto3.client("s3", config=quick).list_buckets()
-        except ClientError as error:  # a key that may not list buckets can still read and write in its own
-            if error.response["Error"]["Code"] not in ("AccessDenied", "403"):
+        except ClientError as error:  # a key that may not list buckets can still read and write in its own, and a
+            busy = error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500  # server that has no time has some later
+            if not busy and error.response["Error"]["Code"] not in ("AccessDenied", "403"):
                 raise
     print(f"S3 at {endpoint}" + ("" if configured else " (embedded server over .s3/; to use your own set "
                                  "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION)"))

@@ -1,6 +1,7 @@
-"""The servers that several test files share: one of each for the whole run."""
+"""What several test files share: the servers, one of each for the whole run, and a single thread."""
 
 import pytest
+import torch
 
 from servers import ceph, moto
 
@@ -19,3 +20,12 @@ def ceph_env(tmp_path_factory):
         pytest.skip(f"Ceph is not installed here, missing: {', '.join(ceph.missing())}")
     with ceph.ceph(tmp_path_factory.mktemp("ceph")) as env:
         yield env
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """PyTorch on one thread: more change the order of sums, and so the last bits, and wait long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

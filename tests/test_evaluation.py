@@ -23,16 +23,8 @@ from torchmetrics.wrappers import LambdaInputTransformer
 from helpers import evaluation
 from helpers.training import TrainLoop
 
-pytestmark = pytest.mark.filterwarnings("ignore:(No positive samples|Average precision):UserWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads wait for each other, long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.usefixtures("one_thread"),
+              pytest.mark.filterwarnings("ignore:(No positive samples|Average precision):UserWarning")]
 
 
 # --------------------------------------------------------------------------------------- data, the same in any process

@@ -31,7 +31,8 @@ def test_the_lock_asks_for_cuda_on_linux_only():
     cuda = [Requirement(line) for line in LOCK[1:] if re.match("nvidia|cuda|triton", line)]
     assert len(cuda) > 10
     for platform in ("darwin", "win32"):
-        assert not any(requirement.marker.evaluate({"sys_platform": platform, "python_full_version": "3.11.7"}) for requirement in cuda)
+        elsewhere = {"sys_platform": platform, "python_full_version": "3.11.7"}
+        assert not any(requirement.marker.evaluate(elsewhere) for requirement in cuda)
 
 
 def test_every_dependency_of_the_project_is_in_the_lock_at_a_version_it_allows():
@@ -54,8 +55,8 @@ def test_environment_yml_is_python_and_pip_then_the_lock_and_the_project(tmp_pat
     requirements = ROOT / "condaenv.requirements.txt"
     try:
         requirements.write_text("\n".join(pip["pip"]))
-        said = subprocess.run([sys.executable, "-m", "pip", "install", "--dry-run", "--no-build-isolation", "-r", requirements],
-                              cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-build-isolation", "-r", requirements]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     finally:
         requirements.unlink()
     assert said.returncode == 0, said.stderr

@@ -12,16 +12,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from helpers import images
 from helpers.training import Callback, CancelFit, EarlyStopping, TrainLoop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads wait for each other, long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def data(count=22, seed=0):
@@ -214,7 +207,8 @@ class Diary(Callback):
 
 
 def epoch(number, steps=3):
-    return [f"before_epoch {number}", *[f"after_backward {number}", f"after_step {number}"] * steps, f"after_epoch {number}"]
+    step = [f"after_backward {number}", f"after_step {number}"]
+    return [f"before_epoch {number}", *step * steps, f"after_epoch {number}"]
 
 
 def test_callbacks_are_called_at_every_moment():
@@ -284,4 +278,5 @@ def test_early_stopping_lets_the_others_have_the_last_epoch():
 def test_the_progress_bar_shows_epoch_loss_and_samples_per_second(capsys):
     make_loop().fit(2)
     bars = re.split("[\r\n]", capsys.readouterr().out)
-    assert re.search(r"epoch 2/2: 100%.*6/6 .*loss \d\.\d{3}, [\d,]+ samples/s", [bar for bar in bars if bar.strip()][-1])
+    last = [bar for bar in bars if bar.strip()][-1]
+    assert re.search(r"epoch 2/2: 100%.*6/6 .*loss \d\.\d{3}, [\d,]+ samples/s", last)

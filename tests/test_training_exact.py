@@ -20,16 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from helpers import storage
 from helpers.training import Callback, CancelFit, Checkpoint, TrainLoop, pack, unpack
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CRITERION = nn.CrossEntropyLoss()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The number of threads changes the order of sums, and so the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def same(one, other):
@@ -69,7 +62,8 @@ def test_an_lstm_classifier_trains_to_the_weights_of_a_plain_loop():
             optimizer.zero_grad()
             CRITERION(plain(inputs), targets).backward()
             optimizer.step()
-    TrainLoop(mine, DataLoader(data, 8), optimizer=torch.optim.RMSprop(mine.parameters(), lr=0.01), criterion=CRITERION).fit(3)
+    optimizer = torch.optim.RMSprop(mine.parameters(), lr=0.01)
+    TrainLoop(mine, DataLoader(data, 8), optimizer=optimizer, criterion=CRITERION).fit(3)
     assert same(mine, plain)
 
 
@@ -108,8 +102,10 @@ class Adversaries(nn.Module):
     def get_loss(self, batch, criterion):
         real, latent = batch
         fake = self.generator(latent)
-        yield criterion(self.discriminator(torch.cat([real, fake.detach()])), torch.cat([torch.ones(len(real), 1), torch.zeros(len(real), 1)]))
-        yield criterion(self.discriminator(fake), torch.ones(len(real), 1))
+        ones = torch.ones(len(real), 1)
+        both = torch.cat([real, fake.detach()])
+        yield criterion(self.discriminator(both), torch.cat([ones, 0 * ones]))
+        yield criterion(self.discriminator(fake), ones)
 
     def get_predictions(self, batch):
         return self.generator(batch[1]), batch[0]
@@ -163,7 +159,8 @@ def test_accumulated_gradients_are_those_of_the_large_batch(accumulate):
 
 def test_fit_for_so_many_steps_ends_within_an_epoch_and_goes_on_from_there():
     data, model = TensorDataset(noise(40, 5), labels(40)), nn.Linear(5, 3)
-    loop = TrainLoop(model, DataLoader(data, 4), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=CRITERION)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loop = TrainLoop(model, DataLoader(data, 4), optimizer=optimizer, criterion=CRITERION)
     assert len(loop.fit(num_steps=13)) == 2 and loop.steps == 13
     loop.fit(num_steps=1)
     assert loop.steps == 14
@@ -172,8 +169,8 @@ def test_fit_for_so_many_steps_ends_within_an_epoch_and_goes_on_from_there():
 def test_bf16_trains_with_weights_in_full_precision():
     data, model, seen = TensorDataset(noise(16, 5), labels(16)), nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)), []
     model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    loop = TrainLoop(model, DataLoader(data, 8), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=CRITERION,
-                     mixed_precision="bf16")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loop = TrainLoop(model, DataLoader(data, 8), optimizer=optimizer, criterion=CRITERION, mixed_precision="bf16")
     loop.fit(1)
     assert set(seen) == {torch.bfloat16} and {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert loop.predict(DataLoader(data, 8))[0].dtype == torch.float32
@@ -255,8 +252,8 @@ def test_training_killed_again_and_again_ends_as_if_it_had_not(place, tmp_path):
         (tmp_path / "s3/killed").mkdir()
     deaths, wait = 0, random.Random(0)
     while True:
-        process = subprocess.Popen([sys.executable, __file__, "train", url, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-                                   env={**os.environ, **environment})
+        process = subprocess.Popen([sys.executable, __file__, "train", url, str(tmp_path)], stdout=subprocess.PIPE,
+                                   text=True, env={**os.environ, **environment})
         process.stdout.readline()  # it begins to train
         time.sleep(wait.uniform(0.02, 0.25))
         if deaths < 3:
@@ -283,8 +280,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_newest_are_kept(tmp_path):
 
 
 def test_any_state_is_packed_without_a_pickle():
-    state = {"a": [1, 2.5, None, "text", True, (1, (2, 3))], 4: {"inf": float("inf")}, "t": torch.arange(6).view(2, 3).T,
-             "half": noise(3).bfloat16(), "empty": torch.zeros(0), "scalar": torch.tensor(0.1), "d": {}, "l": [], "u": ()}
+    state = {"a": [1, 2.5, None, "text", True, (1, (2, 3))], 4: {"inf": float("inf")}, "d": {}, "l": [], "u": (),
+             "t": torch.arange(6).view(2, 3).T, "half": noise(3).bfloat16(), "empty": torch.zeros(0),
+             "scalar": torch.tensor(0.1)}
     again = unpack(pack(state))
     for name in ("t", "half", "empty", "scalar"):
         assert torch.equal(state.pop(name), again.pop(name))
@@ -296,9 +294,10 @@ def test_any_state_is_packed_without_a_pickle():
 
 def test_two_processes_train_and_measure_as_one_with_twice_the_batch(tmp_path):
     for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__,
-                   "both", str(16 // processes), str(tmp_path / f"{processes}")]
-        done = subprocess.run(command, timeout=120, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+                   __file__, "both", str(16 // processes), str(tmp_path / f"{processes}")]
+        one_thread_each = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, timeout=120, capture_output=True, text=True, env=one_thread_each)
         # Not the exit code: gloo's threads now and then abort a process that has done its work and is about to end.
         assert (tmp_path / f"{processes}.json").exists(), done.stderr
     one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))
