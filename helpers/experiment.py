@@ -80,10 +80,10 @@ def files(url):
         return sorted(name[len(path) + 1:] for name in filesystem.find(path))
 
 
-def _packed(tensors):
-    """{name: tensor} as the bytes of a safetensors file."""
-    return safetensors.torch.save({name: tensor.cpu().clone(memory_format=torch.contiguous_format)  # takes no shared
-                                   for name, tensor in tensors.items()})  # memory
+def packed(tensors, metadata=None):
+    """{name: tensor}, and {name: text}, as the bytes of a safetensors file."""
+    own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return safetensors.torch.save(own, metadata)  # which takes no tensors that share memory
 
 
 def remove(url):
@@ -99,7 +99,7 @@ def save_model(model, url, **config):
     never half of each. Returns the names of the two objects.
     """
     url = str(url).rstrip("/")
-    weights = _packed(model.state_dict())
+    weights = packed(model.state_dict())
     name = f"model-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
     write(f"{url}/{name}", weights)
     write(f"{url}/model.json", json.dumps({"weights": name, **config}, indent=1).encode())
@@ -192,7 +192,7 @@ class Run:
     def save_predictions(self, outputs, targets):
         """Two tensors or arrays to predictions.safetensors; `safetensors.torch.load(read(…))` brings them back."""
         tensors = {"outputs": torch.as_tensor(outputs), "targets": torch.as_tensor(targets)}
-        self._write("predictions.safetensors", _packed(tensors))
+        self._write("predictions.safetensors", packed(tensors))
 
     def finish(self, results):
         """Results to metrics.json, then the manifest, the list of all files: from here on the run is whole."""

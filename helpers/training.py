@@ -130,8 +130,10 @@ class TrainLoop:
             for optimizer in self.optimizers:
                 with self.accelerator.autocast():
                     loss = next(losses)
-                weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-                self.accelerator.backward(loss / size, **({"inputs": weights} if len(self.optimizers) > 1 else {}))
+                only = {}
+                if len(self.optimizers) > 1:
+                    only = {"inputs": [weight for group in optimizer.param_groups for weight in group["params"]]}
+                self.accelerator.backward(loss / size, **only)
                 total += loss.detach()
                 if last:
                     self._call("after_backward")
@@ -149,8 +151,9 @@ class TrainLoop:
             self.batch += 1
             last = self.batch % self.accumulate == 0 or self.batch == count
             self.step_loss = self.step(batch, min(left, self.accumulate), last)
-            self.total += self.step_loss * find_batch_size(batch)
-            self.seen += find_batch_size(batch)
+            size = find_batch_size(batch)
+            self.total += self.step_loss * size
+            self.seen += size
             self.steps += 1
             if (now := time.perf_counter()) - looked > REFRESH:
                 looked, rate = now, (self.seen - before) / (now - start)
@@ -239,9 +242,9 @@ class TrainLoop:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        for part in ("scheduler", "scaler"):
-            if state[part]:
-                (self.scheduler if part == "scheduler" else self.accelerator.scaler).load_state_dict(state[part])
+        for part, saved in ((self.scheduler, state["scheduler"]), (self.accelerator.scaler, state["scaler"])):
+            if saved:
+                part.load_state_dict(saved)
         for name in self._PLACE:
             setattr(self, name, state[name])
         self.total = self.total.to(self.accelerator.device)
@@ -333,7 +336,7 @@ def pack(state):
         if isinstance(value, np.ndarray):
             return {"array": plain(torch.from_numpy(value))}
         if isinstance(value, torch.Tensor):
-            tensors[str(len(tensors))] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[str(len(tensors))] = value.detach()
             return {"tensor": str(len(tensors) - 1)}
         if isinstance(value, Mapping):
             return {"dict": [[plain(key), plain(item)] for key, item in value.items()]}
@@ -342,7 +345,7 @@ def pack(state):
         return [plain(item) for item in value] if isinstance(value, list) else value
 
     tree = json.dumps(plain(state))  # fills tensors
-    return safetensors.torch.save(tensors, {"state": tree})
+    return experiment.packed(tensors, {"state": tree})
 
 
 def unpack(data):
