@@ -1,6 +1,6 @@
 # make setup | run | test | lab | clean      (make run NOTEBOOKS="02 03" ARGS="-p epochs 3")
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup run test lab clean lock

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from helpers.storage import THREADS, NotFound, StorageError, explained
+from helpers.storage import THREADS, NotFound, StorageError, explained, redact
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "transformers", "tokenizers", "accelerate", "safetensors", "numpy",
             "opencv-python-headless", "fsspec", "s3fs", "gcsfs", "obstore", "boto3", "papermill")  # that change results
@@ -47,7 +47,9 @@ def _place(url):
 
 
 def write(url, data):
-    """Write bytes to any fsspec URL, whole or not at all."""
+    """Write bytes to any fsspec URL, whole or not at all. Of several processes (torchrun), the first one alone does."""
+    if not _first():
+        return
     with _place(url) as (filesystem, path):
         if not isinstance(filesystem, LocalFileSystem):  # an object is there when all of it is
             filesystem.pipe_file(path, data)
@@ -59,6 +61,21 @@ def write(url, data):
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _first():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _agreed(value):
+    """This value, or the first process's where there are several: a run has one folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState  # here: a run without several processes needs neither
+        from accelerate.utils import broadcast_object_list
+
+        PartialState(cpu=not torch.accelerator.is_available())  # joins the others, if nothing has until now
+        [value] = broadcast_object_list([value])
+    return value
 
 
 def read(url):
@@ -87,7 +104,9 @@ def packed(tensors, metadata=None):
 
 
 def remove(url):
-    """Remove the file at any fsspec URL."""
+    """Remove the file at any fsspec URL; of several processes the first one alone does."""
+    if not _first():
+        return
     with _place(url) as (filesystem, path):
         filesystem.rm_file(path)
 
@@ -129,10 +148,7 @@ def _code():
         source = "\n\n".join(f"# In [{number}]\n{cell}" for number, cell in cells if cell.strip())
     else:
         source = script.read_text(encoding="utf-8", errors="replace") if script.is_file() else ""
-    for name, value in os.environ.items():
-        if re.search("KEY|SECRET|TOKEN|PASSWORD", name) and len(value) >= 12:  # no well-known default, "minioadmin"
-            source = source.replace(value, "***")
-    return source.encode()
+    return redact(source)[0].encode()
 
 
 def _environment():
@@ -163,7 +179,7 @@ class Run:
         cut_off = [run for run in runs if f"{run}/manifest.json" not in names
                    and _load(f"{url}/{run}/hyperparameters.json") == json.loads(data)]
         self.started = datetime.now(timezone.utc)
-        self.url = f"{url}/{cut_off[-1] if cut_off else self.started.strftime('%Y-%m-%dT%H-%M-%S.%f')}"
+        self.url = _agreed(f"{url}/{cut_off[-1] if cut_off else self.started.strftime('%Y-%m-%dT%H-%M-%S.%f')}")
         self._write("hyperparameters.json", data)
         self._write("environment.json", json.dumps(_environment(), indent=1).encode())
         self._write("code.py", _code())
@@ -171,13 +187,13 @@ class Run:
     def _write(self, name, data):
         write(f"{self.url}/{name}", data)
 
-    def save_history(self, history):
-        """Rows ({column: value}) to history.csv."""
+    def save_history(self, history, name="history"):
+        """Rows ({column: value}) to {name}.csv."""
         text = io.StringIO(newline="")
         rows = csv.DictWriter(text, list(dict.fromkeys(name for row in history for name in row)))
         rows.writeheader()
         rows.writerows(history)
-        self._write("history.csv", text.getvalue().encode())
+        self._write(f"{name}.csv", text.getvalue().encode())
 
     def save_figure(self, name, figure):
         """A matplotlib figure to plots/{name}.png."""

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -23,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from urllib.parse import quote
 
 import jinja2
 import nbformat
@@ -36,7 +34,6 @@ from nbformat import NotebookNode
 
 from helpers import storage
 
-SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 BAR = {"bar_format": "{desc} |{bar}| {n}/{total} cells, {elapsed}", "dynamic_ncols": True, "leave": False,
        "disable": None}  # None: no bar where there is no terminal
 
@@ -105,19 +102,7 @@ def execute(outcome: Outcome, parameters: dict, output: Path) -> None:
         print(f"{notebook.stem} ...", flush=True)
     error = None
     try:
-        papermill.execute_notebook(
-            notebook,
-            target,
-            parameters,
-            kernel_name="python3",
-            language="python",
-            kernel_manager_class=OwnKernel,
-            extra_arguments=["--log-level=CRITICAL"],  # else kernels talk across the progress bar
-            cwd=notebook.parent,
-            iopub_timeout=60,  # seconds a busy machine may take to deliver a cell's last output; the default is 4
-            coalesce_streams=True,  # of a cell's progress bar, keep the last state
-            progress_bar=BAR | {"desc": notebook.stem},
-        )
+        papermilled(notebook, target, parameters)
         outcome.status = "ok"
     except Exception as exception:  # an error in a cell, a dead kernel, a file that is no notebook
         outcome.status, error = "FAILED", exception
@@ -131,6 +116,23 @@ def execute(outcome: Outcome, parameters: dict, output: Path) -> None:
         if outcome.source:
             print(textwrap.indent(outcome.source, "       | ", lambda line: True))
         sys.stdout.flush()
+
+
+def papermilled(notebook: Path | str, target: Path | str | None, parameters: dict, bar: bool = True) -> None:
+    """Execute a notebook in a kernel of this Python, with a bar in a terminal. `target` None: it is not kept."""
+    papermill.execute_notebook(
+        notebook,
+        target,
+        parameters,
+        kernel_name="python3",
+        language="python",
+        kernel_manager_class=OwnKernel,
+        extra_arguments=["--log-level=CRITICAL"],  # else kernels talk across the progress bar
+        cwd=storage.REPOSITORY / "notebooks" if "://" in str(notebook) else Path(notebook).resolve().parent,
+        iopub_timeout=60,  # seconds a busy machine may take to deliver a cell's last output; the default is 4
+        coalesce_streams=True,  # of a cell's progress bar, keep the last state
+        progress_bar=BAR | {"desc": Path(notebook).stem} if bar else False,
+    )
 
 
 def publish(outcome: Outcome, target: Path, error: BaseException | None) -> None:
@@ -160,7 +162,7 @@ def describe(error: BaseException, executed: NotebookNode | None = None) -> tupl
     name, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
     if name == "DeadKernelError":
         message += " (killed from outside, often for lack of memory)"
-    message = textwrap.shorten(clean(strip_ansi(message))[0], 300, placeholder=" ...")
+    message = textwrap.shorten(storage.redact(strip_ansi(message))[0], 300, placeholder=" ...")
     line = f"{name}: {message}" if message else name
     cells = executed.cells if executed else []  # without what papermill itself put in, where it matters:
     cells = [cell for cell in cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
@@ -174,24 +176,9 @@ def describe(error: BaseException, executed: NotebookNode | None = None) -> tupl
     return f"cell {place + 1 - injected} (In [{prompt}]): {line}", "\n".join(source[:6] + ["..."] * (len(source) > 6))
 
 
-def clean(text: str) -> tuple[str, set[str]]:
-    """The text with the values of secret variables replaced by ***, and the names of those that were in it."""
-    leaked = set()
-    for name in SECRETS:
-        value = os.environ.get(name, "")
-        if len(value) < 12:  # no key but a well-known default such as "minioadmin", which any text may mention
-            continue
-        shown = {value, repr(value)[1:-1], quote(value, safe="")}  # as it is, as Python shows it, in an address
-        for written in shown | {json.dumps(form, ensure_ascii=False)[1:-1] for form in shown}:  # and these in a file
-            if written in text:
-                text = text.replace(written, "***")
-                leaked.add(name)
-    return text, leaked
-
-
 def scrub(path: Path) -> set[str]:
     """Clean a file, if it is there; the names of the secrets that were in it."""
-    text, leaked = clean(path.read_text(encoding="utf-8")) if path.exists() else ("", set())
+    text, leaked = storage.redact(path.read_text(encoding="utf-8")) if path.exists() else ("", set())
     if leaked:
         path.write_text(text, encoding="utf-8")
     return leaked

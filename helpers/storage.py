@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from shutil import which
+from urllib.parse import quote
 
 import boto3
 import botocore.config
@@ -39,6 +40,7 @@ from tqdm import tqdm
 SPLITS = ("train", "val", "test")
 THREADS = 32  # transfers in flight: enough to hide 40 ms a request, few enough for a small server
 PART = 16 * 2**20  # bytes in a part of a large object: S3 takes 10,000 parts, so up to 160 GB
+SECRET = re.compile("SECRET|TOKEN|PASSWORD|API_KEY|SMTP_URL|WEBHOOK")  # in the name of a variable
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -210,6 +212,21 @@ def _explain(url, error):
     if re.search(r"could not connect|timed? ?out|connection refused|error sending request|ConnectError", text, re.I):
         return StorageError(f"Nothing answers at {endpoint} ({url}): does the server run, is AWS_ENDPOINT_URL right?")
     return StorageError(f"{url}: {code}: {next(iter(str(error).splitlines()), '')}")
+
+
+def redact(text):
+    """The text with the secrets of the environment replaced by ***, and the names of those variables that were in it."""
+    leaked = set()
+    for name, value in os.environ.items():
+        # No key but a well-known default such as "minioadmin", which any text may mention, nor the path of a key's file.
+        if not SECRET.search(name) or len(value) < 12 or value.startswith("/"):
+            continue
+        shown = {value, repr(value)[1:-1], quote(value, safe="")}  # as it is, as Python shows it, in an address
+        for written in shown | {json.dumps(form, ensure_ascii=False)[1:-1] for form in shown}:  # and these in a file
+            if written in text:
+                text = text.replace(written, "***")
+                leaked.add(name)
+    return text, leaked
 
 
 def parse(url):

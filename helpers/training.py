@@ -1,23 +1,20 @@
 """The training loop: short enough to read in one sitting; all that is not the loop itself is a callback."""
 
-import json
 import random
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 
 import numpy as np
-import safetensors.torch
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState
-from accelerate.utils import find_batch_size, send_to_device
+from accelerate.utils import broadcast_object_list, find_batch_size, gather_object, send_to_device
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from torchmetrics import MetricCollection
 
-from helpers import experiment
 from helpers.storage import progress
 
 REFRESH = 0.25  # seconds between two looks at the loss: each look waits for the device, so not every step
@@ -27,11 +24,17 @@ class CancelFit(Exception):
     """Raised by a callback to end training in good order."""
 
 
-class Callback:
-    """Methods named after the moment (before_fit, before_epoch, after_backward, after_step, after_epoch, after_fit).
+MOMENTS = ("before_fit", "before_epoch", "after_backward", "after_step", "after_epoch", "after_fit", "after_error")
 
-    Each gets the loop. Callbacks run by `order`, smallest first, and may use `loop.history`, `loop.epoch`,
-    `loop.steps` (done in all), `loop.step_loss`, `loop.bar`. after_backward is where gradients can be seen and changed.
+
+class Callback:
+    """Methods named after the moment (MOMENTS), each of which gets the loop. Those that ship are in callbacks.py.
+
+    Callbacks run by `order`, smallest first, and may use `loop.history`, `loop.epoch`, `loop.steps` (done in all),
+    `loop.stepped` (whether the optimizer did, too), `loop.step_loss` (on the device), `loop.mean_loss` (of the epoch, at
+    the last look), `loop.bar`. after_backward is
+    where the gradients of `loop.weights` can be seen and changed. after_fit comes after CancelFit too, after_error after
+    any other exception. What `state_dict` gives, if there is one, goes into checkpoints and back to `load_state_dict`.
     """
 
     order = 0
@@ -65,8 +68,8 @@ class TrainLoop:
         the model's arguments, where a model that returns its loss, as those of transformers do, needs no criterion.
         For anything else the model has `get_loss(batch, criterion)` and `get_predictions(batch)` -> (outputs, targets).
     optimizer: one, or a list; get_loss then yields a loss for each, computed after the step of the one before, and
-        each loss changes the weights of its own optimizer only (in one process; DDP takes one optimizer).
-    scheduler: a torch scheduler, stepped after every step of the optimizer.
+        each loss changes the weights of its own optimizer only.
+    scheduler: a torch scheduler, stepped after every step of the optimizer (callbacks.LearningRate does without).
     metrics: {name: torchmetrics.Metric} or a MetricCollection, updated with (outputs, targets) in `evaluate`.
     accumulate: batches whose gradients are averaged for one step of the optimizer.
     options: of accelerate's Accelerator, such as mixed_precision="bf16". The device and several processes are its too.
@@ -78,11 +81,17 @@ class TrainLoop:
         options.setdefault("cpu", not torch.accelerator.is_available())  # several processes on CPUs need it said
         self.accelerator = Accelerator(**options)
         self.model, self.criterion, self.accumulate = model, criterion, accumulate
-        self.train_loader, self.val_loader = self._placed(train_loader), self._placed(val_loader)
+        several = isinstance(optimizer, (list, tuple))
+        self.optimizers = list(optimizer) if several else [optimizer] * (optimizer is not None)
+        # They are not prepared by accelerate: its own look for a package on the disk in every step, 0.1 ms for nothing.
+        self.task, self.scheduler = self.accelerator.prepare(_Task(model, criterion), scheduler)
+        loaders = train_loader, val_loader
+        self.train_loader, self.val_loader = self._sharded(train_loader), self._placed(val_loader)
         self.test_loader = self._placed(test_loader)
-        optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer] * (optimizer is not None)
-        task = _Task(model, criterion)
-        self.task, self.scheduler, *self.optimizers = self.accelerator.prepare(task, scheduler, *optimizers)
+        owners = [owner for loader in loaders if loader is not None
+                  for owner in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))]
+        self.generators = list({id(owner.generator): owner.generator for owner in owners  # of orders and workers' seeds
+                                if getattr(owner, "generator", None) is not None}.values())
         self.metrics = MetricCollection(metrics or {}, compute_groups=False).to(self.accelerator.device)
         for metric in self.metrics.modules():
             metric.distributed_available_fn = lambda: False  # each gets the outputs of all processes as it is
@@ -93,15 +102,29 @@ class TrainLoop:
     def _placed(self, loader):
         return loader if loader is None or self.accelerator.num_processes == 1 else self.accelerator.prepare(loader)
 
+    def _sharded(self, loader):
+        """The loader of this process's share of the batches, in the order that all processes draw alike."""
+        if loader is None or self.accelerator.num_processes == 1:
+            return loader
+        if isinstance(loader.sampler, RandomSampler) and loader.sampler.generator is None:
+            [seed] = broadcast_object_list([torch.initial_seed()])
+            loader.sampler.generator = torch.Generator().manual_seed(seed)
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        return _over(loader, BatchSamplerShard(loader.batch_sampler, processes, index),
+                     persistent_workers=loader.persistent_workers)
+
     def fit(self, num_epochs=None, callbacks=(), num_steps=None):
         """Train for so many epochs, or steps, more; returns the history. A callback's CancelFit ends it early."""
+        if self.train_loader is None or not self.optimizers or not (num_epochs or num_steps):
+            raise ValueError("Training takes a train_loader and an optimizer, and fit a num_epochs or num_steps.")
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
+        self.num_epochs, self.num_steps = num_epochs, num_steps
         self.last_step = self.steps + num_steps if num_steps else float("inf")
         last_epoch = len(self.history) + num_epochs if num_epochs else float("inf")
-        total = num_steps or num_epochs * len(self.train_loader)
-        with progress(total, "training", "batch") as self.bar:
+        with progress(self.total_steps, "training", "batch") as self.bar:
             try:
                 self._call("before_fit")
+                self.bar.total = self.total_steps  # a callback may have shortened it
                 while len(self.history) < last_epoch and self.steps < self.last_step:
                     self.epoch = len(self.history) + 1
                     self.bar.set_description(f"epoch {self.epoch}" + f"/{last_epoch}" * bool(num_epochs), refresh=False)
@@ -114,34 +137,66 @@ class TrainLoop:
                     self._call("after_epoch")
             except CancelFit:
                 pass
+            except BaseException:  # Ctrl-C, too
+                self._call("after_error")
+                raise
             self._call("after_fit")
         return self.history
+
+    @property
+    def total_steps(self):
+        """Batches of the whole fit, on each process."""
+        return self.num_steps or self.num_epochs * len(self.train_loader)
+
+    @property
+    def weights(self):
+        """What the optimizer that steps now changes (one after the other, where there are several)."""
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def step(self, batch, size=1, last=True):
         """One training step on a batch: returns its loss, on the device. Can be called from a loop of one's own.
 
         With gradients accumulated over `size` batches, the optimizer's step comes with the `last` of them.
         """
-        self.task.train()
-        batch, total = send_to_device(batch, self.accelerator.device), 0
-        with nullcontext() if last else self.accelerator.no_sync(self.task):
+        if not self.model.training:
+            self.task.train()
+        batch, total, several = send_to_device(batch, self.accelerator.device), None, len(self.optimizers) > 1
+        with nullcontext() if last and not several else getattr(self.task, "no_sync", nullcontext)():  # DDP has it
             losses, _, _ = self.task(batch, training=True)
+            precision = self.accelerator.autocast if isinstance(losses, Iterator) else nullcontext  # it computes later
             losses = iter(losses if isinstance(losses, (Iterator, tuple, list)) else [losses])
-            for optimizer in self.optimizers:
-                with self.accelerator.autocast():
+            for self.optimizer in self.optimizers:
+                with precision():
                     loss = next(losses)
-                only = {}
-                if len(self.optimizers) > 1:
-                    only = {"inputs": [weight for group in optimizer.param_groups for weight in group["params"]]}
-                self.accelerator.backward(loss / size, **only)
-                total += loss.detach()
+                total = loss.detach() if total is None else total + loss.detach()
+                if size > 1:
+                    loss = loss / size
+                if self.accelerator.scaler:
+                    loss = self.accelerator.scaler.scale(loss)
+                loss.backward(inputs=self.weights if several else None)
                 if last:
-                    self._call("after_backward")
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    self._update(several)
         if last and self.scheduler is not None:
             self.scheduler.step()
+        self.stepped = last
         return total
+
+    def _update(self, several):
+        """The optimizer's step, with the mean of the gradients of all processes, at their true scale."""
+        scaler = self.accelerator.scaler
+        if several and self.accelerator.num_processes > 1:  # DDP's own mean expects one backward for all weights
+            for weight in self.weights:
+                if weight.grad is not None:
+                    weight.grad = self.accelerator.reduce(weight.grad.contiguous(), "mean")
+        if scaler:
+            scaler.unscale_(self.optimizer)
+        self._call("after_backward")
+        if scaler:  # makes no step when a gradient is beyond fp16
+            scaler.step(self.optimizer)
+            scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _train_epoch(self):
         start, looked, count = time.perf_counter(), 0.0, len(self.train_loader)
@@ -157,15 +212,16 @@ class TrainLoop:
             self.steps += 1
             if (now := time.perf_counter()) - looked > REFRESH:
                 looked, rate = now, (self.seen - before) / (now - start)
-                loss = self.total.item() / self.seen
-                self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} samples/s", refresh=False)
+                self.mean_loss = self.total.item() / self.seen
+                self.bar.set_postfix_str(f"loss {self.mean_loss:.3f}, {rate:,.0f} samples/s", refresh=False)
             self.bar.update()
             self._call("after_step")
             if self.steps >= self.last_step:
                 break
         total, seen = self.accelerator.reduce((self.total, torch.tensor(self.seen, device=self.accelerator.device)))
         rate = (self.seen - before) * self.accelerator.num_processes / (time.perf_counter() - start)
-        return {"train_loss": total.item() / max(seen.item(), 1), "train_samples_per_second": rate}
+        self.mean_loss = total.item() / max(seen.item(), 1)
+        return {"train_loss": self.mean_loss, "train_samples_per_second": rate}
 
     def _batches(self):
         """The batches of this epoch that are still to be done; remembers what the epoch's order was drawn from."""
@@ -180,10 +236,7 @@ class TrainLoop:
         order = iter(loader.batch_sampler)
         for _ in range(self.batch):
             next(order)
-        rest = DataLoader(loader.dataset, batch_sampler=order,
-                          num_workers=loader.num_workers, collate_fn=loader.collate_fn, generator=loader.generator,
-                          worker_init_fn=loader.worker_init_fn, multiprocessing_context=loader.multiprocessing_context)
-        batches = iter(rest)
+        batches = iter(_over(loader, order))
         self._set_random(now)
         return batches
 
@@ -213,6 +266,7 @@ class TrainLoop:
             loader = self._placed(loader)
         for batch in loader:
             loss, *outputs = self.task(send_to_device(batch, self.accelerator.device), training=False)
+            loss = sum(loss) if isinstance(loss, (Iterator, tuple, list)) else loss
             if self.accelerator.num_processes > 1:
                 outputs = self.accelerator.gather_for_metrics(outputs)  # without what was added to make it even
                 if self.criterion is not None:
@@ -231,138 +285,58 @@ class TrainLoop:
     _PLACE = ("history", "steps", "batch", "total", "seen", "epoch_random")
 
     def state_dict(self):
-        """All that the rest of the training depends on: weights, optimizers, random states, place."""
-        scaler = self.accelerator.scaler
+        """All that the rest of the training depends on: weights, optimizers, callbacks, random states, place.
+
+        Every process has to call it, for each has random states of its own.
+        """
+        scaler, place = self.accelerator.scaler, {name: getattr(self, name) for name in self._PLACE}
+        mine = {"random": self._random(), "place": {**place, "total": self.total.cpu()}}
         return {"model": self.model.state_dict(), "optimizers": [each.state_dict() for each in self.optimizers],
                 "scheduler": self.scheduler and self.scheduler.state_dict(), "scaler": scaler and scaler.state_dict(),
-                "random": self._random(), **{name: getattr(self, name) for name in self._PLACE}}
+                "callbacks": [callback.state_dict() for callback in self._with_state()],
+                "processes": gather_object([mine])}
 
     def load_state_dict(self, state):
-        """Take up what `state_dict` gave, in a loop made in the same way."""
+        """Take up what `state_dict` gave, in a loop made in the same way, with the same callbacks.
+
+        Raises ValueError when it is of another number of processes: each goes on from its own place.
+        """
+        if (count := len(state["processes"])) != self.accelerator.num_processes:
+            raise ValueError(f"This training was begun with {count} processes and cannot go on with "
+                             f"{self.accelerator.num_processes}: use as many, or another place for its checkpoints.")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        for part, saved in ((self.scheduler, state["scheduler"]), (self.accelerator.scaler, state["scaler"])):
+            optimizer.zero_grad()  # what an error has left
+        for part, saved in ((self.scheduler, state["scheduler"]), (self.accelerator.scaler, state["scaler"]),
+                            *zip(self._with_state(), state["callbacks"], strict=True)):
             if saved:
                 part.load_state_dict(saved)
-        for name in self._PLACE:
-            setattr(self, name, state[name])
+        mine = state["processes"][self.accelerator.process_index]
+        vars(self).update(mine["place"])
         self.total = self.total.to(self.accelerator.device)
-        self._set_random(state["random"])
+        self._set_random(mine["random"])
 
-    def _generators(self):
-        """The random generators of the loaders, each once: of the workers' seeds, and of the order."""
-        owners = [owner for loader in (self.train_loader, self.val_loader) if loader is not None
-                  for owner in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))]
-        return list({id(owner.generator): owner.generator for owner in owners
-                     if getattr(owner, "generator", None) is not None}.values())
+    def _with_state(self):
+        return [callback for callback in self.callbacks if hasattr(callback, "state_dict")]
 
     def _random(self):
         return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                "loaders": [generator.get_state() for generator in self._generators()]}
+                "loaders": [generator.get_state() for generator in self.generators]}
 
     def _set_random(self, state):
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
         torch.cuda.set_rng_state_all(state["cuda"])
-        for generator, saved in zip(self._generators(), state["loaders"], strict=True):
+        for generator, saved in zip(self.generators, state["loaders"], strict=True):
             generator.set_state(saved)
 
 
-class EarlyStopping(Callback):
-    """End training when a number in the history did not get better for `patience` epochs (see smaller_is_better)."""
-
-    order = 100  # after those that keep what the epoch brought
-
-    def __init__(self, monitor="val_loss", patience=3):
-        self.monitor, self.patience = monitor, patience
-
-    def after_epoch(self, loop):
-        values = [row[self.monitor] for row in loop.history]
-        best = values.index((min if experiment.smaller_is_better(self.monitor) else max)(values))
-        if len(values) - 1 - best >= self.patience:
-            raise CancelFit
-
-
-class Checkpoint(Callback):
-    """Keep the whole state of training under a URL, and go on from the newest when training starts anew.
-
-    Training that was killed and started again ends with the weights and history of one that was not, to the bit (with
-    DataLoader workers: but for their augmentation). A checkpoint is one object, there whole or not at all.
-    every_steps: also within epochs. keep: so many of the newest stay.
-    """
-
-    order = 50  # after those that change the history, before those that end training
-
-    def __init__(self, url, every_steps=None, keep=2):
-        self.url, self.every_steps, self.keep = url, every_steps, keep
-
-    def before_fit(self, loop):
-        for name in reversed(self._names()):
-            try:
-                state = unpack(experiment.read(f"{self.url}/{name}"))
-            except safetensors.SafetensorError:  # cut off where a write is not atomic: take the one before
-                continue
-            loop.load_state_dict(state)
-            loop.bar.update(loop.steps)
-            break
-
-    def after_step(self, loop):
-        whole_group = loop.batch % loop.accumulate == 0  # gradients that wait for a step are not kept
-        if self.every_steps and loop.steps % self.every_steps == 0 and whole_group:
-            self._save(loop)
-
-    def after_epoch(self, loop):
-        self._save(loop)
-
-    def _save(self, loop):
-        if loop.accelerator.is_main_process:
-            state = loop.state_dict()
-            experiment.write(f"{self.url}/step_{loop.steps:09d}_{loop.batch:09d}.safetensors", pack(state))
-            for name in self._names()[:-self.keep]:
-                experiment.remove(f"{self.url}/{name}")
-
-    def _names(self):
-        return [name for name in experiment.files(self.url) if re.fullmatch(r"step_\d+_\d+\.safetensors", name)]
-
-
-def pack(state):
-    """Nested dicts, lists, tuples, arrays, tensors and plain values as one safetensors file: no pickle in a bucket."""
-    tensors = {}
-
-    def plain(value):
-        if isinstance(value, np.ndarray):
-            return {"array": plain(torch.from_numpy(value))}
-        if isinstance(value, torch.Tensor):
-            tensors[str(len(tensors))] = value.detach()
-            return {"tensor": str(len(tensors) - 1)}
-        if isinstance(value, Mapping):
-            return {"dict": [[plain(key), plain(item)] for key, item in value.items()]}
-        if isinstance(value, tuple):
-            return {"tuple": [plain(item) for item in value]}
-        return [plain(item) for item in value] if isinstance(value, list) else value
-
-    tree = json.dumps(plain(state))  # fills tensors
-    return experiment.packed(tensors, {"state": tree})
-
-
-def unpack(data):
-    """What `pack` packed, its tensors on the CPU."""
-    tensors = safetensors.torch.load(data)
-    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])  # where safetensors keeps its metadata
-
-    def nested(value):
-        if isinstance(value, list):
-            return [nested(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        [(kind, item)] = value.items()
-        if kind == "tensor":
-            return tensors[item]
-        if kind == "array":
-            return nested(item).numpy()
-        return tuple(map(nested, item)) if kind == "tuple" else {nested(key): nested(entry) for key, entry in item}
-
-    return nested(json.loads(header["__metadata__"]["state"]))
+def _over(loader, batch_sampler, **options):
+    """A loader like this one, over other batches."""
+    return DataLoader(loader.dataset, batch_sampler=batch_sampler, num_workers=loader.num_workers,
+                      collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, generator=loader.generator,
+                      worker_init_fn=loader.worker_init_fn, multiprocessing_context=loader.multiprocessing_context,
+                      **options)

@@ -6,6 +6,10 @@ import torch
 from servers import ceph, moto
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")  # the longest file first, beside all others
+
+
 @pytest.fixture(scope="session")
 def moto_env(tmp_path_factory):
     """The environment variables of a running moto."""

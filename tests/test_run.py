@@ -17,7 +17,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from helpers import run
+from helpers import run, storage
 
 SECRET = "wJalr/XUtnFEMI+K7MDENG\\bPxRfiCY\"EXAMPLE"  # with characters that JSON and addresses write differently
 SHOW = "from IPython.display import JSON, Image, display\n"
@@ -137,9 +137,11 @@ def test_secrets_are_caught(finished):
 
 def test_short_defaults_are_no_secrets(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "minioadmin")
-    assert run.clean("minioadmin is the default") == ("minioadmin is the default", set())
+    assert storage.redact("minioadmin is the default") == ("minioadmin is the default", set())
     monkeypatch.setenv("AWS_SESSION_TOKEN", "a-token-of-some-length")
-    assert run.clean("my a-token-of-some-length!") == ("my ***!", {"AWS_SESSION_TOKEN"})
+    assert storage.redact("my a-token-of-some-length!") == ("my ***!", {"AWS_SESSION_TOKEN"})
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/secrets/token")
+    assert storage.redact("from /var/run/secrets/token") == ("from /var/run/secrets/token", set())
 
 
 def outputs_of(path: Path) -> str:

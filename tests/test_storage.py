@@ -48,7 +48,7 @@ from pathlib import Path
 from helpers import storage
 storage.REPOSITORY = Path(sys.argv[1])
 storage.connect()
-signal.signal(signal.SIGINT, lambda *_: print("interrupted", flush=True))
+signal.signal(signal.SIGINT, lambda *_: os.write(1, b"interrupted\\n"))  # print may be at work
 print(json.dumps({name: value for name, value in os.environ.items() if "AWS" in name}), flush=True)
 sys.stdin.read()
 """

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import re
+import time
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from helpers import images
-from helpers.training import Callback, CancelFit, EarlyStopping, TrainLoop
+from helpers.callbacks import EarlyStopping
+from helpers.training import Callback, CancelFit, TrainLoop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,6 +153,23 @@ def test_loaders_with_workers_train_alike_and_leave_no_processes():
     assert len(set(multiprocessing.active_children()) - before) == 1
 
 
+def test_the_device_is_waited_for_a_few_times_a_second_only(monkeypatch):
+    waits, item = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: waits.append(1) or item(tensor))
+    model = nn.Linear(4, 3)
+    loop = TrainLoop(model, loader(TensorDataset(torch.randn(8 * 500, 4), torch.zeros(8 * 500, dtype=int))),
+                     optimizer=torch.optim.SGD(model.parameters(), lr=0.01), criterion=nn.CrossEntropyLoss())
+    start = time.perf_counter()
+    loop.fit(1)
+    assert len(waits) <= 4 + 4 * (time.perf_counter() - start)  # of 500 steps; the loader's seed, the epoch's row
+
+
+def test_what_is_missing_for_training_is_named():
+    for loop, epochs in ((TrainLoop(network()), 1), (TrainLoop(network(), loader(data())), 1), (make_loop(), None)):
+        with pytest.raises(ValueError, match="takes a train_loader and an optimizer, and fit a num_epochs or num_steps"):
+            loop.fit(epochs)
+
+
 # --------------------------------------------------------------------------------------------- evaluation, prediction
 
 
@@ -246,13 +265,16 @@ def test_a_callback_that_cancels_ends_the_fit_in_good_order_and_it_can_go_on(can
     assert [row["epoch"] for row in loop.history] == list(range(1, rows + 2))
 
 
-def test_another_error_of_a_callback_is_not_swallowed():
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_another_error_of_a_callback_is_told_to_all_and_not_swallowed(error):
     class Broken(Callback):
         def after_step(self, loop):
-            raise ZeroDivisionError
+            raise error
 
-    with pytest.raises(ZeroDivisionError):
-        make_loop().fit(1, [Broken()])
+    pages = []
+    with pytest.raises(error):
+        make_loop().fit(1, [Broken(), Diary(pages)])
+    assert pages[-1] == "after_error 1"
 
 
 @pytest.mark.parametrize("monitor, values, epochs", [

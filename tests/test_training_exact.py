@@ -1,6 +1,7 @@
 """What TrainLoop trains is exactly what plain PyTorch would: for all kinds of models, when killed, on two processes."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -18,7 +20,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers import storage
-from helpers.training import Callback, CancelFit, Checkpoint, TrainLoop, pack, unpack
+from helpers.callbacks import Checkpoint, pack, unpack
+from helpers.training import Callback, CancelFit, TrainLoop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,9 +138,14 @@ def test_two_adversaries_train_with_two_optimizers_as_in_a_plain_loop():
                     loss = criterion(plain.discriminator(fake), torch.ones(8, 1))
                 loss.backward()
                 optimizer.step()
-    loop = TrainLoop(mine, DataLoader(data, 8), optimizer=optimizers(mine), criterion=criterion)
+    loop = TrainLoop(mine, DataLoader(data, 8), DataLoader(data, 8), optimizer=optimizers(mine), criterion=criterion)
     loop.fit(3)
     assert same(mine, plain)
+    losses = [criterion(mine.discriminator(rows), ones) for rows, ones in (
+        (torch.cat([data.tensors[0], mine.generator(data.tensors[1])]), torch.ones(32, 1).index_fill(
+            0, torch.arange(16, 32), 0)),
+        (mine.generator(data.tensors[1]), torch.ones(16, 1)))]
+    assert loop.history[-1]["val_loss"] == pytest.approx(sum(losses).item(), rel=1e-5)
     assert loop.predict(DataLoader(data, 8))[0].shape == (16, 4)
 
 
@@ -188,6 +196,28 @@ def test_gradients_can_be_changed_before_the_step():
     torch.testing.assert_close(model.weight, before)
 
 
+def test_gradients_are_seen_unscaled_and_a_step_beyond_fp16_is_left_out():
+    class Norms(Callback):
+        def __init__(self):
+            self.norms = []
+
+        def after_backward(self, loop):
+            self.norms.append(nn.utils.get_total_norm([weight.grad for weight in loop.weights]).item())
+
+    data, found = DataLoader(TensorDataset(100 * noise(16, 5), labels(16)), 8), []
+    for scale in (None, 1024.0, 3e38):  # with the last one, gradients are beyond float32, as large ones are beyond fp16
+        torch.manual_seed(0)
+        model, norms = nn.Linear(5, 3), Norms()
+        before = model.weight.detach().clone()
+        loop = TrainLoop(model, data, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=CRITERION)
+        loop.accelerator.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale)
+        loop.fit(1, [norms])
+        found.append((model, norms.norms))
+        changed = not torch.equal(model.weight, before)
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert not changed and not any(map(math.isfinite, found[2][1]))
+
+
 # ------------------------------------------------------------------------------------------- killed, and going on
 
 
@@ -234,10 +264,10 @@ def test_training_taken_up_at_any_step_ends_as_if_it_had_never_stopped(stop, own
 
     whole = trainee(own_generator)
     whole.fit(4)
-    trainee(own_generator).fit(4, [Checkpoint(str(tmp_path), every_steps=1), Stop()])
+    trainee(own_generator).fit(4, [Checkpoint(str(tmp_path), every=1), Stop()])
     again = trainee(own_generator)
     torch.manual_seed(99)  # whatever was drawn before makes no difference
-    again.fit(4, [Checkpoint(str(tmp_path), every_steps=1)])
+    again.fit(4, [Checkpoint(str(tmp_path), every=1)])
     assert same(outcome(again)[0], outcome(whole)[0]) and outcome(again)[1] == outcome(whole)[1]
 
 
@@ -268,8 +298,24 @@ def test_training_killed_again_and_again_ends_as_if_it_had_not(place, tmp_path):
     assert json.loads((tmp_path / "history.json").read_text()) == outcome(whole)[1]
 
 
+def test_an_error_within_a_step_leaves_nothing_that_changes_the_training_when_it_is_taken_up(tmp_path):
+    class Fail(Callback):
+        def after_backward(self, loop):
+            if loop.steps == 5:
+                raise KeyboardInterrupt
+
+    whole = trainee()
+    whole.fit(2)
+    broken = trainee()
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(2, [Checkpoint(str(tmp_path), every=1), Fail()])
+    broken.history, broken.steps, broken.batch = [], 0, 0
+    broken.fit(2, [Checkpoint(str(tmp_path), every=1)])
+    assert same(broken.model, whole.model)
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_the_newest_are_kept(tmp_path):
-    trainee().fit(2, [Checkpoint(str(tmp_path), every_steps=3, keep=3)])
+    trainee().fit(2, [Checkpoint(str(tmp_path), every=3, keep=3)])
     names = sorted(path.name for path in tmp_path.iterdir())
     assert len(names) == 3 and names[-1] == "step_000000022_000000000.safetensors"
     newest = tmp_path / names[-1]
@@ -292,19 +338,52 @@ def test_any_state_is_packed_without_a_pickle():
 # -------------------------------------------------------------------------------------------------- two processes
 
 
-def test_two_processes_train_and_measure_as_one_with_twice_the_batch(tmp_path):
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What this file, run as a script by torchrun, left behind: with one process, and with two and half the batch."""
+    folder = tmp_path_factory.mktemp("both")
     for processes in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                   __file__, "both", str(16 // processes), str(tmp_path / f"{processes}")]
-        one_thread_each = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, timeout=120, capture_output=True, text=True, env=one_thread_each)
+                   __file__, "both", str(2 // processes), str(folder / f"{processes}")]
+        done = subprocess.run(command, timeout=120, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
         # Not the exit code: gloo's threads now and then abort a process that has done its work and is about to end.
-        assert (tmp_path / f"{processes}.json").exists(), done.stderr
-    one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))
+        assert (folder / f"{processes}/done.json").exists(), done.stderr
+    return lambda name: ([load_file(folder / f"{processes}/{name}.safetensors") for processes in (1, 2)]
+                         if name != "done" else
+                         [json.loads((folder / f"{processes}/done.json").read_text()) for processes in (1, 2)])
+
+
+def test_two_processes_train_and_measure_as_one_with_twice_the_batch(both):
+    one, two = both("weights")
     for name in one:
         torch.testing.assert_close(one[name], two[name])
-    one, two = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
+    one, two = (values["row"] for values in both("done"))
     assert one == pytest.approx(two, rel=1e-5) and one["count"] == 41  # does not divide by two
+
+
+def test_two_processes_train_two_adversaries_as_one_with_twice_the_batch(both):
+    one, two = both("adversaries")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
+
+
+def test_two_processes_draw_the_same_order_each_its_part_of_it(both):
+    assert [values["drawn"] for values in both("done")] == [list(range(44))] * 2
+
+
+def test_training_on_two_processes_goes_on_exactly_where_each_of_them_was(both):
+    one, two = (values["again"] for values in both("done"))
+    assert one == two == {"3": True, "6": True, "7": True}  # within an epoch, after one, at the next one's first step
+
+
+def test_training_goes_on_with_as_many_processes_only(tmp_path):
+    trainee().fit(1, [Checkpoint(str(tmp_path))])
+    [path] = tmp_path.iterdir()
+    state = unpack(path.read_bytes())
+    path.write_bytes(pack(state | {"processes": state["processes"] * 2}))
+    with pytest.raises(ValueError, match="begun with 2 processes and cannot go on with 1"):
+        trainee().fit(1, [Checkpoint(str(tmp_path))])
 
 
 class Count(MulticlassAccuracy):
@@ -330,22 +409,63 @@ if __name__ == "__main__":
             storage.connect()
         loop = trainee()
         print("training", flush=True)
-        loop.fit(4, [Checkpoint(url, every_steps=1)])
+        loop.fit(4, [Checkpoint(url, every=1)])
         model, history = outcome(loop)
         save_file(model.state_dict(), folder / "weights.safetensors")
         (folder / "history.json").write_text(json.dumps(history))
     else:
+        factor, folder = int(arguments[0]), Path(arguments[1])
+        folder.mkdir(exist_ok=True)
+
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
-        loop = TrainLoop(net, DataLoader(TensorDataset(noise(64, 5), labels(64)), int(arguments[0])),
-                         DataLoader(TensorDataset(noise(41, 5, seed=3), labels(41)), int(arguments[0])),
+        loop = TrainLoop(net, DataLoader(TensorDataset(noise(64, 5), labels(64)), 8 * factor),
+                         DataLoader(TensorDataset(noise(41, 5, seed=3), labels(41)), 8 * factor),
                          optimizer=torch.optim.SGD(net.parameters(), lr=0.1), criterion=CRITERION,
                          metrics={"accuracy": MulticlassAccuracy(3), "count": Count()})
         row = loop.fit(3)[-1]
-        if loop.accelerator.is_main_process:
-            save_file(net.state_dict(), arguments[1] + ".safetensors")
+        main = loop.accelerator.is_main_process
+
+        torch.manual_seed(0)
+        gan = Adversaries()
+        both = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (gan.discriminator, gan.generator)]
+        TrainLoop(gan, DataLoader(TensorDataset(noise(16, 4), noise(16, 2, seed=1)), 4 * factor), optimizer=both,
+                  criterion=nn.BCEWithLogitsLoss(), accumulate=2).fit(3)
+        if main:
+            save_file(net.state_dict(), folder / "weights.safetensors")
+            save_file(gan.state_dict(), folder / "adversaries.safetensors")
+
+        class StopAt(Callback):
+            order = 99
+
+            def __init__(self, step):
+                self.step = step
+
+            def after_step(self, loop):
+                if loop.steps == self.step:
+                    raise CancelFit
+
+        def one_of_two():
+            loop = trainee(own_generator=False)  # 11 batches, 6 of them here when there are two processes
+            torch.manual_seed(100 + loop.accelerator.process_index)  # dropout and augmentation of its own
+            return loop
+
+        whole, again = one_of_two(), {}
+        whole.fit(3)
+        for stop in (3, 6, 7):
+            url = str(folder / f"checkpoints_{stop}")
+            one_of_two().fit(3, [Checkpoint(url, every=1), StopAt(stop)])
+            loop = one_of_two()
+            loop.fit(3, [Checkpoint(url, every=1)])
+            equal = same(loop.model, whole.model) and outcome(loop)[1] == outcome(whole)[1]
+            again[stop] = all(gather_object([equal]))
+
+        torch.manual_seed(loop.accelerator.process_index)
+        loop = TrainLoop(nn.Linear(1, 1), DataLoader(TensorDataset(torch.arange(44.)), 2 * factor, shuffle=True))
+        drawn = gather_object([index for batch, in loop.train_loader for index in batch.tolist()])
+        if main:
             values = {"train_loss": row["train_loss"], "val_loss": row["val_loss"], "accuracy": row["val_accuracy"],
                       "count": row["val_count"]}
-            Path(arguments[1] + ".json").write_text(json.dumps(values))
+            Path(folder / "done.json").write_text(json.dumps({"row": values, "again": again, "drawn": sorted(drawn)}))
         loop.accelerator.wait_for_everyone()
         loop.accelerator.end_training()

@@ -53,8 +53,10 @@ def wait_until(ready, what, log, *guards, seconds=60):
         dead = any(guard.poll() is not None for guard in guards)
         if dead or time.monotonic() > deadline:
             with open(log, errors="replace") as lines:
-                tail = lines.read()[-2000:]
-            raise RuntimeError(f"{what} {'has stopped' if dead else f'is not ready after {seconds} s'}: {log}\n{tail}")
+                said = lines.read()
+            if len(said) > 4000:  # the reason stands before a crash on the way out, or at the end
+                said = f"{said[:2000]}\n[...]\n{said[-2000:]}"
+            raise RuntimeError(f"{what} {'has stopped' if dead else f'is not ready after {seconds} s'}: {log}\n{said}")
         time.sleep(0.02)
 
 
