@@ -145,16 +145,19 @@ class LearningRate(Callback):
 
 
 class ClipGradients(Callback):
-    """Scale the gradients of a step down to this norm (of all together), or cut each at this value."""
+    """Scale the gradients of a step down to this norm (of all together), or cut each at this value; of all weights, or
+    of these (list(model.embedding.parameters())).
+    """
 
-    def __init__(self, norm=None, value=None):
-        self.norm, self.value = norm, value
+    def __init__(self, norm=None, value=None, weights=None):
+        self.norm, self.value, self.weights = norm, value, weights
 
     def after_backward(self, loop):
+        weights = self.weights or loop.weights
         if self.value is not None:
-            torch.nn.utils.clip_grad_value_(loop.weights, self.value)
+            torch.nn.utils.clip_grad_value_(weights, self.value)
         if self.norm is not None:
-            torch.nn.utils.clip_grad_norm_(loop.weights, self.norm)
+            torch.nn.utils.clip_grad_norm_(weights, self.norm)
 
 
 class GradientStatistics(Callback):

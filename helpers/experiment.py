@@ -11,6 +11,7 @@ import re
 import secrets
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
@@ -97,6 +98,26 @@ def files(url):
         return sorted(name[len(path) + 1:] for name in filesystem.find(path))
 
 
+def found(url, endings):
+    """The URLs of the files with one of these endings at a fsspec URL: the file itself, or a folder's, sorted.
+
+    Raises storage.NotFound when there are none.
+    """
+    with _place(url) as (filesystem, path):
+        filesystem.invalidate_cache()
+        names = [path] if filesystem.isfile(path) else sorted(filesystem.find(path))
+        urls = [filesystem.unstrip_protocol(name) for name in names if name.endswith(tuple(endings))]
+    if not urls:
+        raise NotFound(f"There is no {' or '.join(endings)} file at {url}: check the name.")
+    return urls
+
+
+def lines(url):
+    """The lines of a text file (UTF-8, also .gz) at any fsspec URL, one after the other as they arrive."""
+    with _place(url), fsspec.open(url, "rt", encoding="utf-8", errors="replace", compression="infer") as file:
+        yield from file
+
+
 def packed(tensors, metadata=None):
     """{name: tensor}, and {name: text}, as the bytes of a safetensors file."""
     own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
@@ -112,13 +133,13 @@ def remove(url):
 
 
 def save_model(model, url, **config):
-    """Save a model's weights (safetensors) and config (model.json) under a prefix, straight from memory.
+    """Save a model's weights (or a state_dict; safetensors) and config (model.json) under a prefix, straight from memory.
 
     model.json names the weights by their checksum and is written last: the model there is the old one or the new one,
     never half of each. Returns the names of the two objects.
     """
     url = str(url).rstrip("/")
-    weights = packed(model.state_dict())
+    weights = packed(model if isinstance(model, Mapping) else model.state_dict())
     name = f"model-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
     write(f"{url}/{name}", weights)
     write(f"{url}/model.json", json.dumps({"weights": name, **config}, indent=1).encode())

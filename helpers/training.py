@@ -12,7 +12,7 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, find_batch_size, gather_object, send_to_device
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torchmetrics import MetricCollection
 
 from helpers.storage import progress
@@ -103,8 +103,11 @@ class TrainLoop:
         return loader if loader is None or self.accelerator.num_processes == 1 else self.accelerator.prepare(loader)
 
     def _sharded(self, loader):
-        """The loader of this process's share of the batches, in the order that all processes draw alike."""
-        if loader is None or self.accelerator.num_processes == 1:
+        """The loader of this process's share of the batches, in the order that all processes draw alike.
+
+        An IterableDataset sees to its share itself, and has to give all processes as many batches.
+        """
+        if loader is None or self.accelerator.num_processes == 1 or isinstance(loader.dataset, IterableDataset):
             return loader
         if isinstance(loader.sampler, RandomSampler) and loader.sampler.generator is None:
             [seed] = broadcast_object_list([torch.initial_seed()])
@@ -232,11 +235,14 @@ class TrainLoop:
             return iter(loader)
         now = self._random()
         self._set_random(self.epoch_random)  # draw the same order once more, then go on from where it was left
-        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # as a loader does when it starts
-        order = iter(loader.batch_sampler)
+        if iterable := isinstance(loader.dataset, IterableDataset):
+            order = iter(loader)
+        else:
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # as a loader does when it starts
+            order = iter(loader.batch_sampler)
         for _ in range(self.batch):
             next(order)
-        batches = iter(_over(loader, order))
+        batches = order if iterable else iter(_over(loader, order))
         self._set_random(now)
         return batches
 

@@ -1,5 +1,9 @@
-"""The sample data set: reproducible, small, and worth a network."""
+"""The sample data sets: well-formed, small, and the pictures reproducible and worth a network."""
 
+import csv
+import io
+import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -90,3 +94,58 @@ def test_the_small_cnn_sees_what_a_linear_classifier_on_the_pixels_cannot(commit
     cnn = accuracy(images.small_cnn(5, width=16), 3e-3, epochs=4)
     print(f"linear {linear:.2f}, small_cnn {cnn:.2f}")
     assert 0.2 < linear < 0.55 and cnn > 0.7 and cnn > linear + 0.2
+
+
+def test_the_jokes_are_a_clean_csv_of_questions_and_answers():
+    text = (FOLDER / "jokes.csv").read_bytes().decode("utf-8")
+    assert "\r" not in text and text.endswith("\n")
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert list(rows[0]) == ["ID", "Question", "Answer"]
+    assert len(rows) >= 450 and [row["ID"] for row in rows] == [str(i) for i in range(1, len(rows) + 1)]
+    for row in rows:
+        assert None not in row and all(cell and cell == cell.strip() for cell in row.values()), row
+        assert row["Question"].endswith("?"), row
+    for column in ("Question", "Answer"):
+        normalised = Counter(" ".join(re.findall(r"\w+", row[column].lower())) for row in rows)
+        assert normalised.most_common(1)[0][1] == 1, normalised.most_common(3)
+
+
+@pytest.fixture(scope="module")
+def threads():
+    """The examples of each dialogue, {thread_id: [example, ...]} in the order of the file."""
+    found = {}
+    for line in (FOLDER / "dialogues.jsonl").read_text(encoding="utf-8").splitlines():
+        example = json.loads(line)
+        found.setdefault(example["thread_id"], []).append(example)
+    return found
+
+
+def test_every_dialogue_is_a_chain_of_turns(threads):
+    for examples in threads.values():
+        turns = [examples[0]["context"]]
+        authors = [examples[0]["context_author"], examples[0]["response_author"]]
+        for k, example in enumerate(examples):
+            older = {f"context/{i}": turn for i, turn in enumerate(reversed(turns[:-1]))}
+            assert example == {
+                "subreddit": examples[0]["subreddit"], "thread_id": examples[0]["thread_id"], "context": turns[-1],
+                "context_author": authors[k % 2], "response_author": authors[(k + 1) % 2],
+                "response": example["response"], **older}
+            turns.append(example["response"])
+        assert 6 <= len(turns) <= 10 and all(3 <= len(turn.split()) <= 25 for turn in turns), turns
+        assert authors[0] != authors[1]
+
+
+def test_there_are_dialogues_enough_and_no_reply_twice(threads):
+    replies = [example["response"] for examples in threads.values() for example in examples]
+    assert len(threads) >= 120 and len(replies) >= 700 and len(set(replies)) == len(replies)
+    topics = Counter(examples[0]["subreddit"] for examples in threads.values())
+    assert len(topics) == 12 and len(set(topics.values())) == 1
+    assert (FOLDER / "dialogues.jsonl").stat().st_size < 600_000
+
+
+def test_the_pages_beside_them_count_right(threads):
+    with open(FOLDER / "jokes.csv", newline="", encoding="utf-8") as file:
+        jokes = len(list(csv.DictReader(file)))
+    assert f"holds {jokes} short jokes" in (FOLDER / "jokes.md").read_text(encoding="utf-8")
+    page = (FOLDER / "dialogues.md").read_text(encoding="utf-8")
+    assert f"holds {sum(map(len, threads.values())):,} examples" in page and f"out of {len(threads)} dialogues" in page

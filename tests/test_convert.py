@@ -1,0 +1,561 @@
+"""ConveRT against plainly written references, its data over real S3, its training on one process and on two."""
+
+import gzip
+import json
+import math
+import os
+import random
+import tracemalloc
+from collections import Counter
+from functools import partial
+
+import pytest
+import sentencepiece
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from helpers import convert, evaluation, experiment, images, storage
+from helpers.callbacks import Checkpoint, ClipGradients, LearningRate
+from helpers.convert import PADDING, Attention, Batches, ConveRT, Dialogues, Layout, Tokenizer, Tower, collate, preset
+from helpers.training import Callback, CancelFit, TrainLoop
+from servers import free_port
+from servers.embedded import connected
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = dict(vocab_size=300, buckets=20, width=16, attention_width=8, windows=(1, 3), feed_forward=32, output_width=16,
+             piece_dropout=0.0)
+TEXTS = ["Good morning, how are you?", "I am well, and you?", "What is the capital of France?", "Paris, of course.",
+         "Do you like to swim in the sea when it is cold outside, or do you wait for the summer?", "Never.", "why",
+         "Because the tea was hot, the cup was full and the table was small."]
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory):
+    """The URL of a new bucket on the embedded server."""
+    with connected(storage.serve(tmp_path_factory.mktemp("s3"))):
+        storage.create_bucket("dialogues")
+        yield "s3://dialogues"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXTS, preset("tiny", **SMALL))
+
+
+def small(seed=0, tokenizer=None, **changes):
+    """A small model with noise in all that starts at zero or alike, so that nothing cancels out."""
+    torch.manual_seed(seed)
+    config = preset("tiny", **{**SMALL, **changes})
+    model = ConveRT(config, tokenizer or Tokenizer.train(TEXTS, config))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * torch.randn_like(weight)
+    return model
+
+
+def ids(*lengths, seed=0):
+    """Padded ids of texts of these lengths."""
+    order = random.Random(seed)
+    return nn.utils.rnn.pad_sequence([torch.tensor([order.randint(1, 320) for _ in range(length)], dtype=torch.long)
+                                      for length in lengths], batch_first=True, padding_value=PADDING)
+
+
+def examples(count, turns=1, seed=0):
+    """Pairs that can be learned: the reply repeats a number."""
+    order = random.Random(seed)
+    return [{"turns": [f"tell me number {i}"] + [f"before {i} came {order.randint(0, 9)}"] * (turns - 1),
+             "reply": f"number {i} it is"} for i in range(count)]
+
+
+def write(url, rows):
+    experiment.write(url, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def records(count, first=0):
+    return [{"context": f"question {i} ?", "context/0": f"before {i}", "context/1": f"before that {i}",
+             "response": f"answer {i}", "subreddit": f"topic{i % 4}"} for i in range(first, first + count)]
+
+
+def gradients(output, weights):
+    """Of a number that depends on each value of the output in a way of its own."""
+    weighted = (output * torch.sin(torch.arange(output.numel(), dtype=output.dtype)).view_as(output)).sum()
+    return torch.autograd.grad(weighted, weights)
+
+
+def close(ones, others, tolerance=1e-4):
+    return all(torch.allclose(one, other, atol=tolerance, rtol=tolerance) for one, other in zip(ones, others, strict=True))
+
+
+# -------------------------------------------------------------------------------- the parts, against plain references
+
+
+def plain_attention(layer, text):
+    """Of one text (length, width), number by number."""
+    queries, keys, values = layer.project(text).split(layer.widths, -1)
+    length, rows = len(text), []
+    for i in range(length):
+        heads = []
+        for head in range(layer.heads):
+            q, k, v = (part[:, head * (part.shape[1] // layer.heads):(head + 1) * (part.shape[1] // layer.heads)]
+                       for part in (queries, keys, values))
+            seen = [j for j in range(length) if layer.window is None or abs(i - j) <= layer.window]
+            scores = [(q[i] * k[j]).sum() / math.sqrt(q.shape[1]) for j in seen]
+            if layer.window is not None:
+                scores = [score + layer.bias[head, j - i + layer.window] for score, j in zip(scores, seen)]
+            total = sum(score.exp() for score in scores)
+            heads.append(sum(score.exp() / total * v[j] for score, j in zip(scores, seen)))
+        rows.append(torch.cat(heads))
+    return torch.stack(rows)
+
+
+def plain_norm(x, norm):
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
+    return (x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def plain_gelu(x):
+    return x / (1 + (-1.702 * x).exp())
+
+
+def plain_reading(model, row):
+    """What the towers get of one text, its ids without padding."""
+    first, second = model.positions
+    x = torch.stack([model.pieces.weight[id] + first.weight[i % len(first.weight)] + second.weight[i % len(second.weight)]
+                     for i, id in enumerate(row)])
+    for block in model.blocks:
+        x = plain_norm(x + block.output(plain_attention(block.attention, x)), block.norm1)
+        inner = plain_gelu(x @ block.feed_forward1.weight.T + block.feed_forward1.bias)
+        x = plain_norm(x + inner @ block.feed_forward2.weight.T + block.feed_forward2.bias, block.norm2)
+    return plain_attention(model.reduction, x).sum(0) / math.sqrt(len(row))
+
+
+def plain_tower(tower, x):
+    for layer, norm in zip(tower.layers, tower.norms):
+        x = plain_norm(x + plain_gelu(x @ layer.weight.T + layer.bias), norm)
+    return x @ tower.output.weight.T + tower.output.bias
+
+
+@pytest.mark.parametrize("heads, window", [(1, 2), (2, None), (2, 1), (1, 48)])
+def test_attention_is_that_of_explicit_loops(heads, window):
+    torch.manual_seed(0)
+    layer, rows = Attention(6, 4, 5, heads, window), ids(7, 1, 4)
+    with torch.no_grad():
+        if window is not None:
+            layer.bias.normal_()
+    layout = Layout(rows)
+    x = torch.randn(12, 6, requires_grad=True)
+    weights = [x, *layer.parameters()]
+    found, expected = layer(x, layout), torch.cat([plain_attention(layer, part) for part in x.split([7, 1, 4])])
+    assert close([found], [expected]) and close(gradients(found, weights), gradients(expected, weights))
+
+
+def test_attention_weights_are_of_the_window_and_sum_to_one():
+    torch.manual_seed(0)
+    layer, layout = Attention(6, 4, 5, 1, window=2), Layout(ids(7, 3))
+    queries, keys, _ = (part[:, None] for part in layout.padded(layer.project(torch.randn(10, 6))).split(layer.widths, -1))
+    weights = layer.weights(queries, keys, layout)
+    assert weights.shape == (2, 1, 7, 7)
+    for text, length in enumerate((7, 3)):
+        own = weights[text, 0, :length]
+        assert torch.allclose(own.sum(1), torch.ones(length))
+        outside = (torch.arange(7)[None] - torch.arange(length)[:, None]).abs() > 2
+        assert not own[outside].any() and not own[:, length:].any() and own[0, 1] > 0
+
+
+def test_reading_is_that_of_the_paper_written_plainly_and_so_are_its_gradients():
+    model, rows = small(), ids(9, 2, 5, 12)
+    weights = [weight for name, weight in model.named_parameters() if "tower" not in name and name != "similarity"]
+    found = model(rows)
+    expected = torch.stack([plain_reading(model, row[row != PADDING].tolist()) for row in rows])
+    assert found.shape == (4, 32)
+    assert close([found], [expected]) and close(gradients(found, weights), gradients(expected, weights))
+
+
+def test_a_tower_is_three_layers_with_skips_then_a_linear_one():
+    torch.manual_seed(0)
+    tower, x = Tower(preset("tiny", **SMALL)), torch.randn(5, 32)
+    with torch.no_grad():
+        for weight in tower.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    found, expected, weights = tower(x), plain_tower(tower, x), list(tower.parameters())
+    assert found.shape == (5, 16) and len(tower.layers) == 3
+    assert close([found], [expected]) and close(gradients(found, weights), gradients(expected, weights))
+
+
+@pytest.mark.parametrize("multi_context", [False, True])
+def test_loss_is_a_smoothed_softmax_over_the_replies_of_the_batch(multi_context):
+    model = small(multi_context=multi_context)
+    batch = {"context": ids(3, 5, 2), "reply": ids(4, 4, 6, seed=1)} | ({"extra": ids(7, 0, 2, seed=2)} if multi_context else {})
+    unit = lambda x: x / x.pow(2).sum(-1, keepdim=True).sqrt()
+    read = lambda name, tower: unit(plain_tower(tower, torch.stack(
+        [plain_reading(model, row[row != PADDING].tolist()) if row.any() else torch.zeros(32) for row in batch[name]])))
+    contexts, replies = [read("context", model.context_tower)], read("reply", model.reply_tower)
+    if multi_context:
+        extra = read("extra", model.extra_tower)
+        extra = torch.stack([extra[0], contexts[0][1], extra[2]])  # where there are no turns before, the last stands for them
+        contexts += [extra, unit(contexts[0] + extra)]
+    expected = 0
+    for context in contexts:
+        for i in range(3):
+            scores = [4 * torch.sigmoid(model.similarity) * (context[i] * reply).sum() for reply in replies]
+            total = sum(score.exp() for score in scores)
+            for j, score in enumerate(scores):
+                target = 0.2 / 3 + 0.8 * (i == j)
+                expected = expected - target * (score.exp() / total).log() / 3 / len(contexts)
+    found, weights = model.get_loss(batch), list(model.parameters())
+    assert close([found], [expected]) and close(gradients(found, weights), gradients(expected, weights))
+
+
+def test_c_stays_between_0_and_the_root_of_the_width():
+    model = small()
+    for value in (-1e9, -3.0, 0.0, 3.0, 1e9):
+        with torch.no_grad():
+            model.similarity.fill_(value)
+        assert 0 <= model.scale <= 4  # √16
+    assert model.similarity.requires_grad
+
+
+def test_the_paper_preset_has_the_papers_numbers():
+    config = preset("paper")
+    model = ConveRT(config, None)
+    assert [block.attention.window for block in model.blocks] == [3, 5, 48, 48, 48, 48]
+    assert [tuple(table.weight.shape) for table in model.positions] == [(47, 512), (11, 512)]
+    assert model.pieces.weight.shape == (26_001, 512) and model.reduction.heads == 2
+    assert model.blocks[0].feed_forward1.weight.shape == (2048, 512) and len({id(block.norm1) for block in model.blocks}) == 6
+    assert [tuple(layer.weight.shape) for layer in model.reply_tower.layers] == [(1024, 1024)] * 3
+    assert model.reply_tower.output.weight.shape == (512, 1024) and model.extra_tower is None
+    assert (config.label_smoothing, config.max_length, config.piece_dropout) == (0.2, 60, 0.0)
+    with pytest.raises(ValueError, match="'huge' is not one of paper, tiny"):
+        preset("huge")
+
+
+# --------------------------------------------------------------------------------------------------------- encodings
+
+
+def test_padding_and_neighbours_never_change_an_encoding(tokenizer):
+    model = small(tokenizer=tokenizer).eval()
+    for encode in (model.encode_context, model.encode_reply):
+        together = encode(TEXTS)
+        assert together.shape == (8, 16) and torch.allclose(together.norm(dim=1), torch.ones(8))
+        longer = encode([*TEXTS, " ".join(TEXTS)])[:8]
+        alone = torch.cat([encode([text]) for text in TEXTS])
+        assert (together - alone).abs().max() < 1e-5 and (together - longer).abs().max() < 1e-5
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in tokenizer(TEXTS)], batch_first=True)
+    assert (model(padded) - model(F.pad(padded, (0, 30)))).abs().max() < 1e-5
+
+
+def test_many_texts_are_encoded_in_their_order_and_an_empty_one_too(tokenizer):
+    model = small(tokenizer=tokenizer).train()
+    texts = [f"{text} {i}" for i in range(80) for text in TEXTS] + [""]
+    vectors = model.encode_reply(texts)
+    assert model.training and not vectors.requires_grad
+    assert torch.allclose(vectors[[0, 333, 639]], model.encode_reply([texts[0], texts[333], texts[639]]), atol=1e-5)
+    assert vectors.isfinite().all()
+    assert model.encode_context([]).shape == (0, 16)
+
+
+def test_a_model_with_several_contexts_takes_texts_and_lists_of_turns(tokenizer):
+    model = small(tokenizer=tokenizer, multi_context=True)
+    plain, alone, older = model.encode_context([TEXTS[0], [TEXTS[0]], [TEXTS[0], *TEXTS[1:3]]])
+    assert torch.equal(plain, alone) and (plain - older).abs().max() > 1e-3
+    batch = collate([{"turns": TEXTS[:3], "reply": TEXTS[3]}], model.tokenizer, multi_context=True)
+    assert model.tokenizer([f"{TEXTS[1]} {TEXTS[2]}"])[0] == batch["extra"][0].tolist(), "newest first, one text"
+    assert torch.allclose(F.normalize(model.eval().encode(batch)[0][2], dim=1)[0], older, atol=1e-5)
+    many = model.encode_context([[TEXTS[0], *[f"turn {i}" for i in range(30)]], [TEXTS[0], *[f"turn {i}" for i in range(10)]]])
+    assert torch.allclose(many[0], many[1]), "ten turns and no more"
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def sentencepiece_model(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS * 3), model_prefix=str(tmp_path / "pieces"),
+                                             vocab_size=60, minloglevel=2)
+    return (tmp_path / "pieces.model").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["trained", "tokenizers", "sentencepiece"])
+def test_tokenizer_from_anywhere_hashes_what_it_does_not_know_and_cuts_long_texts(kind, s3, tmp_path, tokenizer):
+    config = preset("tiny", **SMALL)
+    if kind != "trained":
+        experiment.write(f"{s3}/{kind}", tokenizer.model if kind == "tokenizers" else sentencepiece_model(tmp_path))
+        tokenizer = Tokenizer.load(f"{s3}/{kind}", config)
+    known, chinese, russian = tokenizer(["and you?", "and 日本 you?", "and москва you?"])
+    assert all(0 < id <= 300 for id in known) and tokenizer(["and you?"])[0] == known
+    [bucket], [other] = ([id for id in row if id > 300] for row in (chinese, russian))
+    assert 301 <= bucket <= 320 and 301 <= other <= 320 and bucket != other and len(chinese) > 2
+    assert [id for id in chinese if id <= 300] == [id for id in russian if id <= 300]
+    assert [len(row) for row in tokenizer(["you " * 100, ""])] == [60, 0]
+    again = Tokenizer(tokenizer.model, config)
+    assert again(TEXTS) == tokenizer(TEXTS)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"set vocab_size to \d+ or more"):
+        Tokenizer(tokenizer.model, preset("tiny", **{**SMALL, "vocab_size": 50}))
+
+
+# -------------------------------------------------------------------------------------------------- saved, quantized
+
+
+def test_a_model_saved_to_s3_encodes_the_same_when_loaded(s3):
+    model = small(multi_context=True).eval()
+    convert.save(model, f"{s3}/models/plain")
+    loaded = convert.load(f"{s3}/models/plain")
+    turns = [TEXTS[:3], TEXTS[4]]
+    assert torch.equal(loaded.encode_context(turns), model.encode_context(turns))
+    assert torch.equal(loaded.encode_reply(TEXTS), model.encode_reply(TEXTS))
+    assert loaded.config == model.config and not loaded.training
+    with pytest.raises(storage.NotFound, match="make run NOTEBOOKS=04"):
+        convert.load(f"{s3}/models/none")
+
+
+def test_training_sees_eight_and_sixteen_bits_and_the_saved_model_has_no_more(s3):
+    model, plain = small(quantize=True), small()
+    plain.load_state_dict({name.replace("parametrizations.", "").replace(".original", ""): weight
+                           for name, weight in model.state_dict().items()})
+    convert.save(model.eval(), f"{s3}/models/quantized")
+    loaded = convert.load(f"{s3}/models/quantized")
+    assert torch.allclose(loaded.encode_reply(TEXTS), model.encode_reply(TEXTS), atol=1e-6)
+    difference = (plain.eval().encode_reply(TEXTS) - model.encode_reply(TEXTS)).abs().max()
+    assert 1e-5 < difference < 0.05
+    for embedding in (loaded.pieces, *loaded.positions):
+        rows = embedding.weight / embedding.weight.abs().amax(1, keepdim=True).clamp(min=1e-12) * 127
+        assert (rows - rows.round()).abs().max() < 1e-3 and rows.round().unique().numel() > 100
+    others = [weight for name, weight in loaded.named_parameters() if not name.startswith(("pieces", "positions"))]
+    assert all(torch.equal(weight, weight.half().float()) for weight in others)
+    weights, _ = experiment.load_model(f"{s3}/models/quantized")
+    kinds = Counter(weight.dtype for weight in weights.values())
+    assert kinds == {torch.int8: 3, torch.float32: 3, torch.float16: len(others)}
+
+
+def test_gradients_go_straight_through_what_is_rounded():
+    rounded, plain = small(quantize=True), small()
+    saved = io_round(rounded)
+    plain.load_state_dict(saved)
+    batch = {"context": ids(3, 5, 2), "reply": ids(4, 4, 6, seed=1)}
+    for model in (rounded, plain):
+        model.get_loss(batch).backward()
+    names = {name.replace("parametrizations.", "").replace(".original", ""): weight.grad
+             for name, weight in rounded.named_parameters()}
+    assert all(torch.allclose(names[name], weight.grad, atol=1e-5) for name, weight in plain.named_parameters())
+    assert names["pieces.weight"].any() and names["blocks.0.attention.bias"].any()
+
+
+def io_round(model):
+    """The weights that a quantized model computes with."""
+    convert.save(model, "memory://rounded")
+    return convert.load("memory://rounded").state_dict()
+
+
+def test_the_paper_preset_quantized_takes_no_more_than_59_mb(tmp_path):
+    words = {"<unk>": 0} | {f"▁{i:05}": i for i in range(1, 25_000)}
+    words = {"type": "BPE", "vocab": words, "merges": [], "unk_token": "<unk>", "fuse_unk": True, "dropout": None,
+             "continuing_subword_prefix": None, "end_of_word_suffix": None, "byte_fallback": False, "ignore_merges": True}
+    config = preset("paper", quantize=True)
+    model = ConveRT(config, Tokenizer(json.dumps({"version": "1.0", "model": words}).encode(), config))
+    convert.save(model, tmp_path)
+    assert 50e6 < sum(path.stat().st_size for path in tmp_path.iterdir()) <= 59e6
+    loaded = convert.load(tmp_path)
+    assert loaded.pieces.weight.shape == (26_001, 512)
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def test_lines_that_are_no_examples_are_counted(s3):
+    good = records(3)
+    bad = ["", "   ", "{not json", "[1, 2]", '{"context": "", "response": "a"}', '{"response": "a"}', '{"context": "a"}',
+           '{"context": "a", "response": "  "}', '{"context": "a", "response": 7}', "\udcff".encode("utf-8", "surrogateescape")]
+    lines = [*(json.dumps(row).encode() for row in good), *(line if isinstance(line, bytes) else line.encode() for line in bad)]
+    experiment.write(f"{s3}/bad.jsonl", b"\n".join(lines))
+    dialogues = Dialogues(f"{s3}/bad.jsonl")
+    for _ in range(2):
+        assert [example["reply"] for example in dialogues] == ["answer 0", "answer 1", "answer 2"]
+        assert dialogues.skipped == {"empty line": 2, "not a JSON object": 3, "no context": 2, "no reply": 3}
+    [first, *_] = dialogues
+    assert first == {"turns": ["question 0 ?", "before 0", "before that 0"], "reply": "answer 0", "topic": "topic0",
+                     "thread": None}
+
+
+def test_a_folder_of_files_is_read_whole_gzipped_ones_too(s3, tmp_path):
+    write(f"{s3}/folder/a.jsonl", records(5))
+    write(f"{s3}/folder/deep/b.json", records(5, 5))
+    experiment.write(f"{s3}/folder/c.jsonl.gz", gzip.compress(json.dumps(records(1, 10)[0]).encode()))
+    experiment.write(f"{s3}/folder/readme.txt", b"not this")
+    assert sorted(int(example["reply"].split()[1]) for example in Dialogues(f"{s3}/folder")) == list(range(11))
+    write(tmp_path / "local.jsonl", records(2))
+    assert len(list(Dialogues(tmp_path / "local.jsonl"))) == len(list(Dialogues(tmp_path))) == 2
+    with pytest.raises(storage.NotFound, match="nothing"):
+        Dialogues(f"{s3}/nothing")
+
+
+def test_a_file_is_read_as_it_arrives_and_not_kept(tmp_path):
+    row = json.dumps({"context": "a " * 2000, "response": "b " * 2000}) + "\n"
+    with open(tmp_path / "large.jsonl", "w") as file:
+        for _ in range(5000):  # 40 MB
+            file.write(row)
+    tracemalloc.start()
+    assert sum(1 for _ in Dialogues(tmp_path / "large.jsonl")) == 5000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4e6
+
+
+def test_split_puts_each_context_on_one_side_always():
+    parts = {split: {(example["turns"][0].lower(), example["reply"]) for example in Dialogues("chatterbot", split)}
+             for split in ("", "train", "held_out")}
+    assert parts[""] == parts["train"] | parts["held_out"] and len(parts[""]) > 1000
+    assert not {context for context, _ in parts["train"]} & {context for context, _ in parts["held_out"]}
+    pairs = [convert.split(example) for example in ({"thread": "a", "turns": [text]} for text in TEXTS)]
+    assert len(set(pairs)) == 1, "a thread is never divided"
+    assert 0.1 < len(parts["held_out"]) / len(parts[""]) < 0.2
+
+
+def test_chatterbot_has_topics_and_older_turns_and_no_pair_twice():
+    found = list(Dialogues("chatterbot"))
+    assert len({(example["turns"][0], example["reply"]) for example in found}) == len(found)
+    assert len({example["topic"] for example in found}) > 15 and any(len(example["turns"]) > 3 for example in found)
+
+
+@pytest.mark.parametrize("files", [1, 8])
+def test_workers_and_processes_share_the_lines_each_once(files, s3, monkeypatch):
+    for number in range(files):
+        write(f"{s3}/shared{files}/{number}.jsonl", records(48 // files, number * 48 // files))
+    found = []
+    for process in range(2):
+        monkeypatch.setenv("RANK", str(process))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        rows = images.loader(Dialogues(f"{s3}/shared{files}"), None, num_workers=2)
+        mine = [int(row["reply"].split()[1]) for row in rows]
+        assert 16 <= len(mine) <= 32
+        found += mine
+    assert sorted(found) == list(range(48))
+
+
+def test_batches_are_of_like_length_in_random_order_and_the_same_for_a_seed(s3, tokenizer):
+    rows = [{"context": "you " * random.Random(i).randint(1, 50), "response": f"and {i}"} for i in range(200)]
+    write(f"{s3}/lengths.jsonl", rows)
+    batches = Batches(Dialogues(f"{s3}/lengths.jsonl"), tokenizer, 16, 200)
+    assert len(batches) == 12
+
+    def lengths(seed):
+        torch.manual_seed(seed)
+        return [(batch["context"] != PADDING).sum(1).tolist() for batch in DataLoader(batches, batch_size=None)]
+
+    one = lengths(0)
+    assert len(one) == 12 and all(len(batch) == 16 for batch in one)
+    assert one == lengths(0) != lengths(1)
+    spread = [max(batch) - min(batch) for batch in one]
+    assert sum(spread) / len(spread) < 10
+    firsts = [batch[0] for batch in one]
+    assert firsts != sorted(firsts) and firsts != sorted(firsts, reverse=True)
+
+
+def test_each_process_and_worker_gets_as_many_batches_starting_again_where_its_share_is_short(s3, tokenizer, monkeypatch):
+    write(f"{s3}/uneven.jsonl", [{}] * 50 + records(50))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for process in range(2):
+        monkeypatch.setenv("RANK", str(process))
+        batches = Batches(Dialogues(f"{s3}/uneven.jsonl"), tokenizer, 4, 60)
+        loader = images.loader(batches, None, num_workers=2)
+        assert len(list(loader)) == len(batches) == 7
+    with pytest.raises(ValueError, match="too few"):
+        Batches(Dialogues(f"{s3}/uneven.jsonl"), tokenizer, 64, 100)
+    with pytest.raises(ValueError, match="too few examples for a batch of 30"):
+        list(Batches(Dialogues(f"{s3}/uneven.jsonl"), tokenizer, 30, 100))
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def make_loop(s3, **changes):
+    rows = [{"context": f"tell me number {i}", "context/0": "and before?", "response": f"number {i} it is"} for i in range(64)]
+    write(f"{s3}/numbers.jsonl", rows)
+    model = small(tokenizer=Tokenizer.train([row["response"] for row in rows], preset("tiny", **{**SMALL, **changes})),
+                  **changes)
+    multi_context = model.config.multi_context
+    batches = Batches(Dialogues(f"{s3}/numbers.jsonl"), model.tokenizer, 8, 64, multi_context)
+    val = DataLoader(examples(20), 10, collate_fn=partial(collate, tokenizer=model.tokenizer, multi_context=multi_context))
+    return TrainLoop(model, DataLoader(batches, batch_size=None), val, metrics=evaluation.retrieval(),
+                     optimizer=torch.optim.AdamW(model.parameters(), 3e-3))
+
+
+def test_training_cut_off_within_an_epoch_goes_on_exactly(s3):
+    class CutOff(Callback):
+        order = 9
+
+        def after_step(self, loop):
+            if loop.steps == 13:
+                raise KeyboardInterrupt
+
+    loops = [make_loop(s3, piece_dropout=0.1) for _ in range(3)]
+    checkpoint = lambda: Checkpoint(f"{s3}/checkpoints", every=3)
+    torch.manual_seed(5)
+    loops[0].fit(3)
+    torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt):
+        loops[1].fit(3, callbacks=[checkpoint(), CutOff()])
+    loops[2].fit(3, callbacks=[checkpoint()])
+    drop = lambda history: [{name: value for name, value in row.items() if "per_second" not in name} for row in history]
+    assert drop(loops[0].history) == drop(loops[2].history)
+    assert all(torch.equal(one, other) for one, other in zip(loops[0].model.parameters(), loops[2].model.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adadelta"])
+def test_a_few_epochs_of_any_optimizer_lower_the_loss_quantized_and_with_several_contexts(optimizer, s3):
+    loop = make_loop(s3, multi_context=True, quantize=True)
+    if optimizer == "Adadelta":
+        loop.optimizers = [torch.optim.Adadelta(loop.model.parameters(), lr=1.0, rho=0.9, weight_decay=1e-5)]
+    clip = ClipGradients(norm=1, weights=list(loop.model.pieces.parameters()))
+    history = loop.fit(8, callbacks=[LearningRate("cosine", warmup=4), clip])
+    assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.1
+    assert {"val_loss", "val_recall@1", "val_recall@3", "val_recall@10", "val_mrr"} <= history[-1].keys()
+
+
+def trained(size):
+    """The weights after four steps on batches of this size, of each process its own."""
+    tokenizer = Tokenizer.train([text for row in examples(16) for text in row["turns"]], preset("tiny", **SMALL))
+    model = small(tokenizer=tokenizer)
+    loader = DataLoader(examples(16), size, collate_fn=partial(collate, tokenizer=tokenizer))
+    TrainLoop(model, loader, optimizer=torch.optim.SGD(model.parameters(), 0.1)).fit(4)
+    return {name: weight.tolist() for name, weight in model.state_dict().items()}
+
+
+def in_a_process(process, port, results):
+    os.environ.update(RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    results[process] = trained(8)
+
+
+def test_two_processes_with_half_the_batch_learn_from_the_whole_one():
+    one = trained(16)
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(in_a_process, (free_port(), results), nprocs=2)
+        two = dict(results)
+    assert two[0] == two[1] and one.keys() == two[0].keys()
+    for name, weight in one.items():
+        assert torch.allclose(torch.tensor(weight), torch.tensor(two[0][name]), atol=1e-5), name
+
+
+def test_512_pairs_are_learned_by_heart():
+    pairs = [example for example in Dialogues("chatterbot") if len(example["reply"]) < 60][:512]
+    config = preset("tiny", piece_dropout=0.0)
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train((text for pair in pairs for text in (pair["turns"][0], pair["reply"])), config)
+    model = ConveRT(config, tokenizer)
+    loader = DataLoader(pairs, 64, shuffle=True, collate_fn=partial(collate, tokenizer=tokenizer))
+    loop = TrainLoop(model, loader, optimizer=torch.optim.AdamW(model.parameters(), 2e-3))
+    loop.fit(16, callbacks=[LearningRate("cosine", warmup=0.15)])
+    metrics = evaluation.retrieval()
+    unique = list({pair["reply"]: pair for pair in {pair["turns"][0]: pair for pair in pairs}.values()}.values())
+    for start in range(0, len(unique) - 99, 100):
+        group = unique[start:start + 100]
+        metrics.update(model.encode_context([pair["turns"] for pair in group])
+                       @ model.encode_reply([pair["reply"] for pair in group]).T)
+    assert metrics.compute()["recall@1"] >= 0.95
