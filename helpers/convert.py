@@ -196,9 +196,7 @@ class Attention(nn.Module):
         return layout.flat((self.weights(queries, keys, layout) @ values).transpose(1, 2).flatten(2))
 
 
-def fast_gelu(x):
-    """x·σ(1.702 x), Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415"""
-    return F.silu(1.702 * x) / 1.702
+GELU = 1.702  # fast GELU is x·σ(1.702 x): Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415
 
 
 class Block(nn.Module):
@@ -214,7 +212,9 @@ class Block(nn.Module):
 
     def forward(self, x, layout):
         x = self.norm1(x + self.output(self.attention(x, layout)))
-        return self.norm2(x + self.feed_forward2(fast_gelu(self.feed_forward1(x))))
+        inner, outer = self.feed_forward1, self.feed_forward2  # GELU goes into the weights, fewer than what they make
+        hidden = F.silu(F.linear(x, GELU * inner.weight, GELU * inner.bias))
+        return self.norm2(x + F.linear(hidden, outer.weight / GELU, outer.bias))
 
 
 class Tower(nn.Module):
@@ -229,7 +229,7 @@ class Tower(nn.Module):
 
     def forward(self, x):
         for layer, norm in zip(self.layers, self.norms):
-            x = norm(x + fast_gelu(layer(x)))
+            x = norm(x + F.silu(GELU * layer(x)) / GELU)
         return self.output(x)
 
 

@@ -340,6 +340,14 @@ class TrainLoop:
             generator.set_state(saved)
 
 
+def best_precision():
+    """What TrainLoop's mixed_precision should be here: "bf16" where the hardware multiplies in it, or "no"."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    cpu = torch.cpu.get_capabilities()
+    return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "no"
+
+
 def _over(loader, batch_sampler, **options):
     """A loader like this one, over other batches."""
     return DataLoader(loader.dataset, batch_sampler=batch_sampler, num_workers=loader.num_workers,
