@@ -407,9 +407,9 @@ def load(url):
 # ---------------------------------------------------------------------------------------------------------- data
 
 
-class Dialogues(IterableDataset):
+class Dialogues:
     """Examples of conversations, one after the other, never all in memory: {"turns": [newest, …, oldest], "reply": …,
-    "topic": …, "thread": …}. Several workers and processes get different ones.
+    "topic": …, "thread": …}.
 
     source: "chatterbot", the English pairs of the chatterbot-corpus package; or the fsspec URL of a file or a folder of
         JSON lines (.json, .jsonl, also .gz) in the format of https://github.com/PolyAI-LDN/conversational-datasets
@@ -419,14 +419,14 @@ class Dialogues(IterableDataset):
 
     def __init__(self, source, split=""):
         self.source, self.split, self.skipped = str(source).rstrip("/"), split, Counter()
-        self.process, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
         self.files = [] if source == "chatterbot" else experiment.found(self.source, (".json", ".jsonl", ".json.gz", ".jsonl.gz"))
 
     def __iter__(self):
+        return self.part(0, 1)
+
+    def part(self, share, shares):
+        """One of `shares` parts, for each of several readers its own: of the files, or of the lines if files are few."""
         self.skipped.clear()
-        worker = get_worker_info()
-        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        share, shares = self.process * workers + number, self.processes * workers
         files, step = (self.files[share::shares], 1) if len(self.files) >= shares else (self.files, shares)
         for lines in [_chatterbot()] if self.source == "chatterbot" else map(experiment.lines, files):
             for line in itertools.islice(lines, 0 if step == 1 else share, None, step):
@@ -476,29 +476,31 @@ def _chatterbot():
 class Batches(IterableDataset):
     """Batches for `TrainLoop`: those of `collate`, of random examples of like length, the remainder left out.
 
-    examples: how many `dialogues` has, for a stream cannot tell. Each of several processes gets as many batches, and
-    starts again when its share is short. DataLoader(Batches(…), batch_size=None) reads it, with workers too.
+    examples: how many `dialogues` has, for a stream cannot tell. Several processes and workers get different examples,
+    but as many batches: one whose share is short starts again. DataLoader(Batches(…), batch_size=None) reads it.
     """
 
     def __init__(self, dialogues, tokenizer, batch_size, examples, multi_context=False):
         self.dialogues, self.tokenizer, self.batch_size, self.multi_context = dialogues, tokenizer, batch_size, multi_context
-        self.length = examples // batch_size // dialogues.processes
+        self.process, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+        self.length = examples // batch_size // self.processes
         if not self.length:
-            raise ValueError(f"{examples:,} examples are too few for {dialogues.processes} batches of {batch_size}.")
+            raise ValueError(f"{examples:,} examples are too few for {self.processes} batches of {batch_size}.")
 
     def __len__(self):
         return self.length
 
     def __iter__(self):
         worker = get_worker_info()
-        count = len(range(worker.id, self.length, worker.num_workers)) if worker else self.length
-        return itertools.islice(self._endless(), count)
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        mine = len(range(number, self.length, workers))
+        return itertools.islice(self._endless(self.process * workers + number, self.processes * workers), mine)
 
-    def _endless(self):
+    def _endless(self, share, shares):
         order = random.Random(torch.randint(2**62, ()).item())  # of torch's: so TrainLoop can draw the same once more
         full = True
         while full:
-            full, examples = False, iter(self.dialogues)
+            full, examples = False, self.dialogues.part(share, shares)
             while pool := list(itertools.islice(examples, POOL * self.batch_size)):
                 order.shuffle(pool)
                 pool = pool[:len(pool) // self.batch_size * self.batch_size]

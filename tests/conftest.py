@@ -1,9 +1,14 @@
 """What several test files share: the servers, one of each for the whole run, and a single thread."""
 
-import pytest
-import torch
+import os
 
-from servers import ceph, moto
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is there; kernels inherit it: the tests run on as many
+# processes as there are cores, and threads that wait for each other on a core take several times as long
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from servers import ceph, moto  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):

@@ -280,6 +280,18 @@ def test_clipped_gradients_train_as_those_clipped_in_a_loop_by_hand(options, cli
     assert same(loop.model, plain.model) and not same(loop.model, free.model)
 
 
+def test_gradients_of_some_weights_alone_are_clipped():
+    loop, free, seen = make_loop(), make_loop(), []
+    for each in loop, free:
+        given = [ClipGradients(norm=1e-3, weights=list(each.model.body.parameters()))] if each is loop else []
+        torch.manual_seed(1)
+        keep = Call(after_backward=lambda loop: seen.append([layer.weight.grad.clone()
+                                                             for layer in (loop.model.body, loop.model.head)]))
+        each.fit(num_steps=1, callbacks=[*given, keep])
+    (body, head), (whole_body, whole_head) = seen
+    assert body.norm() <= 1.001e-3 < whole_body.norm() and torch.equal(head, whole_head)
+
+
 def test_statistics_of_gradients_are_those_of_the_gradients_before_they_are_clipped(run):
     kept = []
 

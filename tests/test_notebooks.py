@@ -176,6 +176,16 @@ def test_04_finds_replies_better_than_search_does(embedded, tmp_path, bucket):
     assert results["model_bytes"] < 3.5e6 and results["pairs_per_second"] > 0
 
 
+def test_05_learns_to_tell_jokes(embedded, tmp_path, bucket):
+    extra = tmp_path / "extra.txt"
+    extra.write_text("Ladies and gentlemen, thank you for coming tonight. " * 40)
+    results = execute("05", tmp_path, bucket=bucket, epochs=3, extra_text=str(extra))
+    assert results["perplexity_after"] < results["perplexity_before"] / 5
+    assert results["jokes_kept"] > 450 and results["jokes_dropped"] >= 0 and results["copied_share"] < 0.5
+    assert 0 < results["distinct_2"] <= 1 and results["tokens_per_second"] > 0
+    assert {"models/jokes/config.json", "models/jokes/model.safetensors"} <= storage.objects(f"s3://{bucket}").keys()
+
+
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")
 def test_real_photos(embedded, tmp_path, bucket):
     results = execute("01 02 03", tmp_path, bucket=bucket, dataset_zip=str(PHOTOS), dataset="photos",
