@@ -40,7 +40,7 @@ from tqdm import tqdm
 SPLITS = ("train", "val", "test")
 THREADS = 32  # transfers in flight: enough to hide 40 ms a request, few enough for a small server
 PART = 16 * 2**20  # bytes in a part of a large object: S3 takes 10,000 parts, so up to 160 GB
-SECRET = re.compile("SECRET|TOKEN|PASSWORD|API_KEY|SMTP_URL|WEBHOOK")  # in the name of a variable
+SECRET = re.compile("SECRET|TOKEN|PASSWORD|API_KEY|SMTP_URL|WEBHOOK|DATABASE_URL")  # in the name of a variable
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
