@@ -141,14 +141,15 @@ def test_another_split_of_the_same_data_is_refused(embedded, tmp_path, bucket):
     assert outcome.status == "FAILED" and "is split already, with other ratios" in outcome.error
 
 
-@pytest.mark.parametrize("number, needed", [("02", "01"), ("03", "02")])
+@pytest.mark.parametrize("number, needed", [("02", "01"), ("03", "02"), ("07", "05")])
 def test_each_notebook_alone_says_which_one_it_needs(number, needed, embedded, tmp_path, bucket):
     for exists in (False, True):
         if exists:
             storage.create_bucket(bucket)
         [outcome] = run.run([BY_NUMBER[number]], dict(bucket=bucket), tmp_path / f"{exists}")
         assert outcome.status == "FAILED"
-        assert f"make run NOTEBOOKS={needed if exists else '01'}" in outcome.error and bucket in outcome.error
+        assert f"make run NOTEBOOKS={needed if exists or number == '07' else '01'}" in outcome.error
+        assert bucket in outcome.error
 
 
 def test_03_predicts_a_local_folder_too(embedded, tmp_path, bucket):
@@ -161,11 +162,11 @@ def test_03_predicts_a_local_folder_too(embedded, tmp_path, bucket):
 
 
 def test_08_and_09_show_what_they_promise(embedded, tmp_path, bucket):
-    results = execute("01 08 09", tmp_path, bucket=bucket, rounds=1, convert_rounds=1, convert_pairs=8)
+    results = execute("01 08 09", tmp_path, bucket=bucket, rounds=1, convert_rounds=1, convert_pairs=8, gpt2_steps=1)
     assert results["processes"] == 2 and results["max_abs_weight_difference"] < 1e-5
     assert results["throughput_ratio"] > 0 and results["submitted_instance_state"] in ("pending", "running")
     assert results["trainloop_overhead"] > 0 and results["trainer_overhead"] > 0
-    assert results["convert_speedup"] > 1 and results["convert_loss_difference"] < 1e-4
+    assert results["gpt2_packing_speedup"] > 0 and results["convert_speedup"] > 1 and results["convert_loss_difference"] < 1e-4
 
 
 def test_04_finds_replies_better_than_search_does(embedded, tmp_path, bucket):
@@ -176,14 +177,16 @@ def test_04_finds_replies_better_than_search_does(embedded, tmp_path, bucket):
     assert results["model_bytes"] < 3.5e6 and results["pairs_per_second"] > 0
 
 
-def test_05_learns_to_tell_jokes(embedded, tmp_path, bucket):
-    extra = tmp_path / "extra.txt"
+def test_05_learns_to_tell_jokes_and_07_tells_them(embedded, tmp_path, bucket):
+    extra, votes = tmp_path / "extra.txt", f"sqlite:///{tmp_path}/votes.db"
     extra.write_text("Ladies and gentlemen, thank you for coming tonight. " * 40)
-    results = execute("05", tmp_path, bucket=bucket, epochs=3, extra_text=str(extra))
+    results = execute("05 07", tmp_path, bucket=bucket, epochs=3, extra_text=str(extra), database_url=votes, requests=100)
     assert results["perplexity_after"] < results["perplexity_before"] / 5
     assert results["jokes_kept"] > 450 and results["jokes_dropped"] >= 0 and results["copied_share"] < 0.5
     assert 0 < results["distinct_2"] <= 1 and results["tokens_per_second"] > 0
     assert {"models/jokes/config.json", "models/jokes/model.safetensors"} <= storage.objects(f"s3://{bucket}").keys()
+    assert results["jokes_served"] == 100 and 0 < results["p50_seconds"] <= results["p95_seconds"]
+    assert results["batched_speedup"] > 1 and results["votes"] == 0
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")
