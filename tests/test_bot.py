@@ -515,6 +515,8 @@ def test_a_long_message_is_cut_with_a_notice(chat):
     assert text.startswith("Why? lighthouse") and "the first 200 characters" in text and len(text) < 400
     chat.say(8, "Why is the lighthouse bright?")
     assert "first" not in chat.reply(8, 1)["text"]
+    chat.say(8, "gardener's favourite novel " * 10 + "lighthouse keeper smile " * 100)  # as if it ended within the first
+    assert "War and Peas." in chat.reply(8, 2)["text"], "who answers reads no more than the first 200 characters"
 
 
 def test_what_is_no_text_is_refused_politely(chat):
