@@ -189,6 +189,12 @@ def test_05_learns_to_tell_jokes_and_07_tells_them(embedded, tmp_path, bucket):
     assert results["batched_speedup"] > 1 and results["votes"] == 0
 
 
+def test_06_reads_the_alignment_off_the_attention(embedded, tmp_path, bucket):
+    results = execute("06", tmp_path, bucket=bucket, examples=10)
+    assert results["alignment_accuracy"] >= 0.9 and results["heatmaps"] == 10 + 4 * 8
+    assert results["seconds_per_heatmap"] > 0 and results["run_url"].startswith("s3://")
+
+
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")
 def test_real_photos(embedded, tmp_path, bucket):
     results = execute("01 02 03", tmp_path, bucket=bucket, dataset_zip=str(PHOTOS), dataset="photos",

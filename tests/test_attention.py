@@ -1,0 +1,494 @@
+"""Attention against the models' own softmax computed by hand, and heatmaps read back colour by colour."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import font_manager
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (BartConfig, BartForConditionalGeneration, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel,
+                          LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast)
+
+from helpers import attention, convert, experiment, storage
+from helpers.training import TrainLoop
+from servers.embedded import connected
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = "<pad> </s> <unk> the cat sat on a mat and dog ran far away".split()
+TEXTS = ["the cat sat", "a dog ran far away and the cat sat on the mat", "on a mat", "dog", "a cat ran away"]
+LONG = "the cat sat on a mat and the dog ran far away"
+
+
+def word_tokenizer():
+    """One id a word, and an end."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+                                   model_max_length=32)
+
+
+def gpt2(**options):
+    """Random weights large enough that its attention is not just even."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), n_positions=32, n_embd=24, n_layer=3, n_head=4,
+                                      initializer_range=0.5, bos_token_id=1,
+                                      eos_token_id=1, attn_implementation="sdpa", **options))
+
+
+def bart():
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(BartConfig(
+        vocab_size=len(WORDS), max_position_embeddings=32, d_model=24, encoder_layers=1, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=3, encoder_ffn_dim=32, decoder_ffn_dim=32, init_std=0.5,
+        pad_token_id=0, eos_token_id=1, bos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=None,
+        attn_implementation="sdpa"))
+    model.generation_config.max_new_tokens = 8
+    return model
+
+
+def conversation_model():
+    config = convert.preset("tiny", vocab_size=300, width=32, attention_width=8, windows=(1, 2), feed_forward=32)
+    torch.manual_seed(0)
+    model = convert.ConveRT(config, convert.Tokenizer.train(TEXTS * 3, config))
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def inputs_of(module):
+    """A list that gets what goes into a module each time."""
+    kept = []
+    module.register_forward_hook(lambda _, args, out: kept.append(args[0]))
+    return kept
+
+
+def heads_of(x, heads):
+    """(length, width) -> (heads, length, width of a head)."""
+    return x.unflatten(-1, (heads, -1)).transpose(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------- collect
+
+
+@torch.no_grad()
+def test_a_causal_language_models_weights_are_the_softmax_of_its_queries_and_keys():
+    model = gpt2().eval()
+    kept = [inputs_of(block.attn.c_attn) for block in model.transformer.h]
+    [example] = attention.collect(model, word_tokenizer(), [LONG])
+    assert example.source == example.target == [*LONG.split(), "</s>"]
+    assert np.stack(example.weights).shape == (3, 4, 13, 13) and len(example.layers) == 3
+    for layer, block in enumerate(model.transformer.h):
+        queries, keys, _ = block.attn.c_attn(kept[layer][-1][0]).split(24, -1)
+        scores = heads_of(queries, 4) @ heads_of(keys, 4).transpose(1, 2) / 6**0.5
+        expected = scores.masked_fill(torch.ones(13, 13).triu(1).bool(), -torch.inf).softmax(-1)
+        assert np.allclose(example.weights[layer], expected.detach(), atol=1e-6)
+        assert example.weights[layer].std() > 0.1  # or it could be anything
+
+
+@torch.no_grad()
+def test_cross_attention_is_the_decoders_over_the_encoders_tokens():
+    model, source, target = bart().eval(), "the cat sat on a mat", "a dog ran away"
+    layers = [layer.encoder_attn for layer in model.model.decoder.layers]
+    queries, keys = ([inputs_of(getattr(layer, name)) for layer in layers] for name in ("q_proj", "k_proj"))
+    [example] = attention.collect(model, word_tokenizer(), [(source, target)])
+    assert example.source == [*source.split(), "</s>"] and example.target == [*target.split(), "</s>"]
+    assert np.stack(example.weights).shape == (2, 3, 5, 7)
+    for layer, each in enumerate(layers):
+        projected = (heads_of(project(kept[layer][-1].reshape(-1, 24)), 3)
+                     for project, kept in ((each.q_proj, queries), (each.k_proj, keys)))
+        query, key = projected
+        expected = (query @ key.transpose(1, 2) / 8**0.5).softmax(-1)
+        assert np.allclose(example.weights[layer], expected.detach(), atol=1e-6) and example.weights[layer].std() > 0.05
+
+    [spoken] = attention.collect(model, word_tokenizer(), [source])  # without a target: what the model writes
+    ids = word_tokenizer()(source, return_tensors="pt")["input_ids"]
+    written = model.generate(ids, do_sample=False)
+    assert spoken.target == [WORDS[i] for i in written[0, 1:]] and len(spoken.weights[0][0]) == len(spoken.target)
+
+
+@torch.no_grad()
+def test_converts_windows_and_pooling():
+    model = conversation_model()
+    attentions = [*(block.attention for block in model.blocks), model.reduction]
+    kept = [inputs_of(each.project) for each in attentions]
+    [example] = attention.collect(model, None, [LONG])
+    length = len(example.source)
+    assert "".join(example.source).strip() == LONG and example.source == example.target
+    assert example.layers == ["layer 1, window 1", "layer 2, window 2", "pooling"]
+    distance = torch.arange(length)[None] - torch.arange(length)[:, None]
+    for i, each in enumerate(attentions):
+        queries, keys, _ = each.project(kept[i][-1]).split(each.widths, -1)
+        scores = heads_of(queries, each.heads) @ heads_of(keys, each.heads).transpose(1, 2) / 8**0.5
+        if each.window is not None:
+            scores = scores + each.bias[:, distance.clamp(-each.window, each.window) + each.window]
+            scores = scores.masked_fill(distance.abs() > each.window, -torch.inf)
+        assert example.weights[i].shape == (each.heads, length, length)
+        assert np.allclose(example.weights[i], scores.softmax(-1).detach(), atol=1e-6)
+    assert [len(heads) for heads in example.weights] == [1, 1, 2]
+    assert not any("weights" in vars(each) for each in attentions)
+
+
+MODELS = {"gpt2": gpt2, "bart": bart, "convert": conversation_model}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_a_text_alone_and_among_others_without_padding(make):
+    model = make().train()  # with dropout, which has no place here
+    texts = [(text, "a dog ran") for text in TEXTS] if make is bart else TEXTS
+    together = attention.collect(model, word_tokenizer(), texts)
+    assert model.training and len(together) == len(TEXTS)
+    for text, example in zip(texts, together):
+        [alone] = attention.collect(model, word_tokenizer(), [text])
+        assert (alone.source, alone.target) == (example.source, example.target)
+        assert "<pad>" not in example.source + example.target
+        for one, other in zip(alone.weights, example.weights, strict=True):
+            assert one.shape[1:] == (len(example.target), len(example.source)) and np.allclose(one, other, atol=1e-6)
+            assert np.allclose(other.sum(-1), 1, atol=1e-5)
+
+
+def test_fast_attention_is_back_afterwards_also_after_an_error():
+    for model in (gpt2(), bart()):
+        ids = torch.tensor([[3, 4, 5]])
+        attention.collect(model, word_tokenizer(), TEXTS[:2])
+        with pytest.raises(ValueError, match=r"Text 1 has no tokens: ''"):
+            tokenizer = word_tokenizer()
+            tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+            attention.collect(model, tokenizer, ["the", ""])
+        configs = {part.config._attn_implementation for part in model.modules() if hasattr(part, "config")}
+        assert configs == {"sdpa"} and model.training
+        outputs = model(ids)
+        assert not outputs.get("attentions") and not outputs.get("cross_attentions")
+
+
+def test_models_without_attention_are_named():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, state_size=4))
+    for model in (nn.Linear(2, 2), mamba):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} gives no attention weights"):
+            attention.collect(model, word_tokenizer(), ["the cat"])
+    assert not mamba.config.output_attentions and mamba.training
+    with pytest.raises(ValueError, match="Text 1 is a pair, and GPT2LMHeadModel no encoder-decoder"):
+        attention.collect(gpt2(), word_tokenizer(), ["the cat", ("the cat", "the dog")])
+
+
+def test_other_models_of_transformers_and_texts_that_are_too_long():
+    torch.manual_seed(0)
+    small = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                 intermediate_size=16, max_position_embeddings=8)
+    for model in (BertModel(BertConfig(**small)), LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=1))):
+        [example] = attention.collect(model, word_tokenizer(), LONG)  # one text, too
+        assert np.stack(example.weights).shape == (2, 2, 8, 8) and example.source == [*LONG.split()[:7], "</s>"]
+        assert (np.triu(example.weights[0][0], 1).max() == 0) == isinstance(model, LlamaForCausalLM)
+
+
+def test_tokens_are_readable_in_any_script():
+    backend = Tokenizer(models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    of_bytes = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokens = attention._tokens(of_bytes, of_bytes("a 日é")["input_ids"])
+    assert tokens == ["a", " ", "日 1/3", "日 2/3", "日 3/3", "é 1/2", "é 2/2"]
+
+    backend = Tokenizer(models.Unigram([("<unk>", 0), ("▁hello", -1.0), ("▁", -2.0), ("日", -1.0), ("▁שלום", -1.0)], 0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    pieces = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert attention._tokens(pieces, pieces("hello שלום日")["input_ids"]) == [" hello", " שלום", "日"]
+
+
+def test_rollout_multiplies_through_the_layers_and_adds_what_passes_by():
+    [example] = attention.collect(gpt2(), word_tokenizer(), ["a dog ran"])
+    first, second, third = (0.5 * heads.mean(0) + 0.5 * np.eye(4) for heads in example.weights)
+    assert np.allclose(attention.rollout(example), third @ second @ first, atol=1e-6)
+    assert np.allclose(attention.mean(example), np.stack(example.weights).mean((0, 1)))
+    assert np.allclose(attention.mean(example, 1), example.weights[1].mean(0))
+
+    [example] = attention.collect(conversation_model(), None, ["a dog ran"])
+    first, second = (0.5 * heads.mean(0) + 0.5 * np.eye(len(example.source)) for heads in example.weights[:2])
+    assert np.allclose(attention.rollout(example), example.weights[2].mean(0) @ second @ first, atol=1e-6)
+
+    [example] = attention.collect(bart(), word_tokenizer(), [("a dog", "a cat")])
+    with pytest.raises(ValueError, match="cross-attention"):
+        attention.rollout(example)
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
+def example_of(source, target=None, heads=1, seed=0):
+    target = target or source
+    weights = np.random.RandomState(seed).dirichlet(np.full(len(source), 0.3), (heads, len(target))).astype(np.float32)
+    return attention.Example(source, target, [weights], ["layer 1"], (True,) if target is source else ())
+
+
+def drawn(figure, **options):
+    image = io.BytesIO()
+    figure.savefig(image, format="png", **options)
+    return np.asarray(Image.open(image).convert("RGB")).astype(int)
+
+
+def cells(figure, pixels, axes, rows, columns):
+    """The colours in the middle of the cells of a panel: (rows, columns, 3)."""
+    box = axes.get_position()
+    height, width = pixels.shape[:2]
+    x = [int(width * (box.x0 + box.width * (i + 0.5) / columns)) for i in range(columns)]
+    y = [int(height * (1 - box.y1 + box.height * (i + 0.5) / rows)) for i in range(rows)]
+    return pixels[y][:, x]
+
+
+def ink(pixels, x, y):
+    """Dark pixels in a part of a picture: of letters."""
+    return int((pixels[slice(*y), slice(*x)].sum(-1) < 300).sum())
+
+
+@pytest.mark.parametrize("tokens, heads", [(5, 1), (20, 1), (60, 1), (5, 6), (60, 3)])
+def test_a_pictures_cells_have_the_colours_of_the_weights(tokens, heads):
+    words = [f"word{i}" for i in range(tokens)]
+    example = example_of(words, heads=heads)
+    example.weights[0][:, 0, 1:] = 0  # masked
+    example.weights[0][:, 0, 0] = 1
+    figure = attention.heatmap(example, example.weights[0])
+    pixels, panels = drawn(figure), figure.axes[:-1]
+    assert len(panels) == heads
+    for axes, weights in zip(panels, example.weights[0]):
+        expected = attention.COLOURS(weights)[..., :3] * 255
+        expected[weights == 0] = 0.9 * 255
+        assert np.abs(cells(figure, pixels, axes, tokens, tokens) - expected).max() <= 3
+    bar = cells(figure, pixels, figure.axes[-1], 64, 1)[:, 0]  # from 1 down to 0
+    assert np.abs(bar - attention.COLOURS(np.linspace(1, 0, 65)[:-1] - 1 / 128)[:, :3] * 255).max() < 12
+
+    box, (height, width) = panels[0].get_position(), pixels.shape[:2]
+    left, top, cell = int(box.x0 * width), int((1 - box.y1) * height), box.width * width / tokens
+    for i in range(tokens):  # a label beside each row and above each column, tall enough to be read
+        near = int(i * cell), int((i + 1) * cell)
+        assert ink(pixels, (0, left), (top + near[0], top + near[1])) > 20
+        assert ink(pixels, (left + near[0], left + near[1]), (0, top)) > 20
+    assert cell >= 15.9
+
+
+def test_cropped_as_jupyter_does_it_is_the_same_picture():
+    example = example_of([f"word{i}" for i in range(5)], heads=2)
+    figure, boxes = attention.heatmap(example, example.weights[0]), []
+    for pixels in drawn(figure), drawn(figure, bbox_inches="tight"):
+        box = []
+        for part in pixels.min(-1) < 250, pixels.max(-1) < 50:  # all that is there; letters
+            rows, columns = part.any(1).nonzero()[0], part.any(0).nonzero()[0]
+            box += [rows[0], rows[-1], columns[0], columns[-1]]
+        boxes.append(np.subtract(box, [box[0]] * 2 + [box[2]] * 2 + [box[0]] * 2 + [box[2]] * 2))
+    assert np.abs(boxes[0] - boxes[1]).max() <= 1
+
+
+def test_the_scale_is_the_same_whatever_the_weights():
+    faint = example_of(list("abcd"))
+    faint.weights[0][:] = 0.25
+    figure = attention.heatmap(faint, faint.weights[0])
+    expected = np.array(attention.COLOURS(0.25)[:3]) * 255
+    assert np.abs(cells(figure, drawn(figure), figure.axes[0], 4, 4) - expected).max() <= 3
+
+
+def test_source_is_above_and_target_at_the_side():
+    example = example_of(["s" * 12] * 3, ["t"] * 7)
+    wide = attention.heatmap(example, example.weights[0])
+    box, (height, width) = wide.axes[0].get_position(), drawn(wide).shape[:2]
+    assert box.width * width / 3 == pytest.approx(box.height * height / 7, rel=0.01)  # square cells
+    assert (1 - box.y1) * height > 3 * box.x0 * width > 10  # room for long labels above, short ones beside
+
+
+def test_every_script_has_glyphs_or_numbers(tmp_path):
+    assert attention._label("日本") == "U+65E5 U+672C" or attention._family("日")
+    assert attention._label("\U000f0000") == "U+F0000"  # nobody's
+    for token, label in {"שלום": "שלום", "мир": "мир", "\n": "\\n", " ": "␣", "a\u200b": "aU+200B"}.items():
+        assert attention._label(token) == label
+    assert len(attention._label("x" * 100)) == attention.LABEL
+    example = example_of(["שלום", "مرحبا", "日", "$x$", "\n", "\U000f0000", "\\$_{", "\ud800"])
+    for format, head in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+        image = io.BytesIO()
+        attention.heatmap(example, example.weights[0]).savefig(image, format=format)
+        assert image.getvalue().startswith(head)
+    dollars, other = (attention._outline(text, 1).vertices[:, 0].max() for text in ("$x$", "x"))
+    assert dollars > 2.5 * other  # no formula
+
+
+def test_an_installed_font_that_has_the_glyph_is_used(tmp_path):
+    builder = pytest.importorskip("fontTools.fontBuilder").FontBuilder(1000, isTTF=True)
+    pen = pytest.importorskip("fontTools.pens.ttGlyphPen").TTGlyphPen(None)
+    for i, point in enumerate([(0, 0), (0, 900), (900, 900), (900, 0)]):
+        (pen.lineTo if i else pen.moveTo)(point)
+    pen.closePath()
+    square, empty = pen.glyph(), pytest.importorskip("fontTools.pens.ttGlyphPen").TTGlyphPen(None).glyph()
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord("日"): "square"})
+    builder.setupGlyf({".notdef": empty, "square": square})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=900, descent=0)
+    builder.setupNameTable({"familyName": "A Square", "styleName": "Regular"})
+    builder.setupOS2(usWeightClass=400)
+    builder.setupPost()
+    builder.save(tmp_path / "squares.ttf")
+    caches, manager = (attention._family, attention._fonts, attention._outline), font_manager.fontManager
+    try:
+        manager.addfont(tmp_path / "squares.ttf")
+        for cache in caches:
+            cache.cache_clear()
+        assert attention._family("日") == "A Square" and attention._label("日") == "日"
+        outline = attention._outline("i日", 1)
+        assert {0.0, 0.9} <= {round(y, 2) for y in outline.vertices[-5:, 1]}  # the square, after the i
+    finally:
+        manager.ttflist = [entry for entry in manager.ttflist if entry.name != "A Square"]
+        for cache in caches:
+            cache.cache_clear()
+
+
+# --------------------------------------------------------------------------------------------------- interactive
+
+
+NASTY = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a & \"b\" 'c'", "\u2028", "日", "שלום"]
+
+
+def page_data(html):
+    return json.loads(re.search(r"const data = (.*);\n", html)[1])
+
+
+def test_html_is_self_contained_and_safe_and_has_all_weights():
+    examples = attention.collect(gpt2(), word_tokenizer(), TEXTS[:2])
+    examples.append(example_of(NASTY, heads=2))
+    view = attention.html(examples)
+    page = view._repr_html_()
+    assert page == view.data
+    assert set(re.findall(r"https?://[^\"\s]+", page)) == {"http://www.w3.org/2000/svg"}  # a name, not fetched
+    code = re.sub("const data = .*", "", page)
+    assert not re.search(r"\b(src|href)=|import |require|fetch\(|innerHTML|document\.write", code)
+    assert len(re.findall("<script", page)) == len(re.findall("</script", page)) == 1 and "<img" not in page
+
+    data = page_data(page)
+    assert [shown["source"] for shown in data["examples"]] == [example.source for example in examples]
+    assert [layer["name"] for layer in data["examples"][0]["layers"]] == [
+        "layer 1", "layer 2", "layer 3", "all layers", "rollout"]
+    for shown, example in zip(data["examples"], examples):
+        views = [*example.weights, attention.mean(example)[None], attention.rollout(example)[None]]
+        for layer, weights in zip(shown["layers"], views):
+            values = np.frombuffer(base64.b64decode(layer["weights"]), "<u2").reshape(weights.shape)
+            assert layer["heads"] == len(weights) and np.allclose(values / 65535, weights, atol=2e-5)
+            assert ((values == 0) == (weights == 0)).all()
+    names = [re.search(r'id="([\w-]+)"', attention.html(examples[:1]).data)[1] for _ in range(2)]
+    assert names[0] != names[1]
+
+
+DOM = """
+class Element {
+  constructor(tag, space) {
+    Object.assign(this, {tag, namespaceURI: space, attributes: {}, children: [], listeners: {}});
+  }
+  setAttribute(name, value) { this.attributes[name] = String(value); if (name === "value") this.value = String(value); }
+  appendChild(child) {
+    this.children.push(child);
+    if (this.tag === "select" && this.children.length === 1) this.value = child.value;
+  }
+  set textContent(text) { this.children = []; this.text = text; }
+  addEventListener(name, run) { this.listeners[name] = run; }
+  all(tag) { return this.children.flatMap(child => [...(child.tag === tag ? [child] : []), ...child.all(tag)]); }
+}
+const root = new Element("div");
+globalThis.document = {getElementById: () => root, createElement: tag => new Element(tag, "html"),
+                       createElementNS: (space, tag) => new Element(tag, space)};
+SCRIPT
+const [example, layer, head] = root.all("select"), log = [];
+const pick = (select, value) => { select.value = String(value); select.listeners.change(); };
+const look = i => {
+  root.all("rect")[i].listeners.pointerenter();
+  const said = root.all("div")[1].text, fills = root.all("rect").map(rect => rect.attributes.fill);
+  log.push({said, fills, labels: root.all("text").map(each => each.text),
+            layers: layer.children.map(each => each.text), heads: head.children.map(each => each.text)});
+};
+look(4);
+pick(layer, 1); pick(head, 3); look(5);
+pick(example, 1); look(1);
+console.log(JSON.stringify(log));
+"""
+
+
+def test_html_shows_what_is_picked_and_pointed_at():
+    """In Node.js over the few methods of a DOM that the page uses: it is no browser, but all of the script runs."""
+    node = shutil.which("node") or pytest.skip("no Node.js here")
+    [example] = attention.collect(gpt2(), word_tokenizer(), ["the cat sat"])
+    other = example_of(["<b>", " ", "averyverylongtokenindeed"], heads=2)
+    page = attention.html([example, other]).data
+    script = DOM.replace("SCRIPT", re.search(r"<script>(.*)</script>", page, re.S)[1])
+    result = subprocess.run([node, "-"], input=script, capture_output=True, text=True, timeout=60)
+    assert not result.stderr
+    first, second, third = json.loads(result.stdout)
+    colours = page_data(page)["colours"]
+
+    def fills(weights):
+        return ["#e6e6e6" if weight == 0 else colours[min(255, int(weight * 256))] for weight in weights.ravel()]
+
+    def same(shown, weights):  # but for a weight between two colours
+        return np.mean([one == other for one, other in zip(shown["fills"], fills(weights), strict=True)]) > 0.9
+
+    assert first["said"] == f"“cat” looks at “the”: {example.weights[0].mean(0)[1, 0]:.4f}"
+    assert first["labels"] == example.source * 2 and same(first, example.weights[0].mean(0))
+    assert first["layers"][:3] == example.layers and first["heads"] == ["mean", "1", "2", "3", "4"]
+    assert same(second, example.weights[1][2])
+    assert second["said"] == f"“cat” looks at “cat”: {example.weights[1][2][1, 1]:.4f}"
+    assert third["labels"][:3] == ["<b>", "␣", "averyverylongto…"]
+    assert third["said"].startswith("“<b>” looks at “␣”") and same(third, other.weights[0].mean(0))
+
+
+# ----------------------------------------------------------------------------------------------------- in a run
+
+
+@pytest.fixture(scope="module")
+def embedded_env(tmp_path_factory):
+    return storage.serve(tmp_path_factory.mktemp("s3"))
+
+
+def trained(url, epochs=2, **options):
+    """The model and its loop, with a Heatmaps callback on TEXTS."""
+    model, tokenizer = gpt2(), word_tokenizer()
+    ids = tokenizer([LONG] * 4, return_tensors="pt")["input_ids"]
+    loop = TrainLoop(model, DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None),
+                     optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    loop.fit(epochs, [attention.Heatmaps(url, tokenizer, TEXTS, **options)])
+    return model, loop
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_heatmaps_of_every_text_in_the_runs_folder(where, tmp_path, embedded_env, capsys):
+    with connected(embedded_env):
+        storage.create_bucket("heatmaps")
+        run = experiment.Run(f"{tmp_path}/runs" if where == "local" else "s3://heatmaps/runs")
+        model, loop = trained(f"{run.url}/attention")
+        names = [f"epoch_{epoch:03}/{i:05}.png" for epoch in (1, 2) for i in range(len(TEXTS))]
+        assert experiment.files(f"{run.url}/attention") == names
+        examples = attention.collect(model, word_tokenizer(), TEXTS)
+        assert "5/5" in capsys.readouterr().out  # progress
+        for i, example in enumerate(examples):  # each picture is of its text
+            pixels = np.asarray(Image.open(io.BytesIO(experiment.read(f"{run.url}/attention/epoch_002/{i:05}.png"))))
+            figure = attention.heatmap(example, attention.mean(example))
+            assert np.abs(pixels[..., :3].astype(int) - drawn(figure)).max() <= 2
+        urls = attention.save(examples, f"{run.url}/after", lambda example: example.weights[0], "pdf")  # after the fact
+        assert urls == [f"{run.url}/after/{i:05}.pdf" for i in range(5)]
+        assert all(experiment.read(url).startswith(b"%PDF") for url in urls)
+
+
+def test_heatmaps_at_the_end_only_and_training_is_the_same_with_them(tmp_path):
+    model, loop = trained(tmp_path, every="fit", view=attention.rollout)
+    assert experiment.files(tmp_path) == [f"epoch_002/{i:05}.png" for i in range(5)] and model.training
+    other, _ = trained(tmp_path / "other", epochs=2)
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters()))
+    with pytest.raises(ValueError, match="every is"):
+        attention.Heatmaps(tmp_path, None, TEXTS, every="step")
+
+
+def test_what_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((OSError, storage.StorageError)):
+        attention.save([example_of(list("abc"))], tmp_path / "file/in_it")
