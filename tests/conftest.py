@@ -1,6 +1,7 @@
 """What several test files share: the servers, one of each for the whole run, and a single thread."""
 
 import os
+import secrets
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is there; kernels inherit it: the tests run on as many
 # processes as there are cores, and threads that wait for each other on a core take several times as long
@@ -8,11 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is there; kernel
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from helpers import storage  # noqa: E402
 from servers import ceph, moto  # noqa: E402
+from servers.embedded import connected  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")  # the longest file first, beside all others
+    items.sort(key=lambda item: not item.path.name.startswith("test_notebooks"))  # the longest files first, side by side
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +32,25 @@ def ceph_env(tmp_path_factory):
         pytest.skip(f"Ceph is not installed here, missing: {', '.join(ceph.missing())}")
     with ceph.ceph(tmp_path_factory.mktemp("ceph")) as env:
         yield env
+
+
+@pytest.fixture(scope="module")
+def embedded_env(tmp_path_factory):
+    """The environment variables of a running embedded server."""
+    return storage.serve(tmp_path_factory.mktemp("s3"))
+
+
+@pytest.fixture
+def embedded(embedded_env):
+    """The same, and this process connected to it."""
+    with connected(embedded_env):
+        yield embedded_env
+
+
+@pytest.fixture
+def bucket():
+    """The name of a bucket that is not there yet."""
+    return f"test-{secrets.token_hex(6)}"
 
 
 @pytest.fixture(scope="module")

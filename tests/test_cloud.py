@@ -92,7 +92,7 @@ def start(folder, env, *words, prefix=()):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process, seconds=60):
+def finish(process, seconds=180):
     """(exit code, stdout, stderr); with what is left of it after that killed, and an error for a hang."""
     family = psutil.Process(process.pid).children(recursive=True)
     try:

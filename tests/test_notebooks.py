@@ -1,4 +1,5 @@
-"""The notebooks, executed with papermill as a user does, over real S3 servers; and what they leave in the bucket."""
+"""The notebooks as they are written; those of images, executed with papermill as a user does, over real S3 servers, and
+what they leave in the bucket."""
 
 import contextlib
 import os
@@ -12,24 +13,11 @@ import psutil
 import pytest
 
 from helpers import run, storage
+from executed import BY_NUMBER, NOTEBOOKS, ROOT, execute
 from servers.embedded import connected
 from servers.fault_proxy import fault_proxy
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-BY_NUMBER = {path.name[:2]: path for path in NOTEBOOKS}
 PHOTOS = Path(os.environ.get("PHOTOS_ZIP", ROOT.parent / "shared/datasets/photos5.zip"))  # real photos, 5 classes
-
-
-@pytest.fixture(scope="module")
-def embedded_env(tmp_path_factory):
-    return storage.serve(tmp_path_factory.mktemp("s3"))
-
-
-@pytest.fixture
-def embedded(embedded_env):
-    with connected(embedded_env):
-        yield embedded_env
 
 
 @pytest.fixture
@@ -42,19 +30,6 @@ def every(tmp_path):
                 some.writestr(leaves.getinfo(name), leaves.read(name))  # with its date: the same bytes again
         return str(path)
     return make
-
-
-@pytest.fixture
-def bucket():
-    return f"test-{secrets.token_hex(6)}"
-
-
-def execute(numbers, output, **parameters):
-    """Run notebooks by number; returns their results. Fails with the first error."""
-    notebooks = [BY_NUMBER[number] for number in numbers.split()]
-    outcomes = run.run(notebooks, parameters, Path(output) / secrets.token_hex(4))
-    assert not [outcome.error for outcome in outcomes if outcome.status != "ok"]
-    return {name: value for outcome in outcomes for name, value in outcome.results.items()}
 
 
 def on_disk():
@@ -152,47 +127,13 @@ def test_each_notebook_alone_says_which_one_it_needs(number, needed, embedded, t
         assert bucket in outcome.error
 
 
-def test_03_predicts_a_local_folder_too(embedded, tmp_path, bucket):
-    execute("01 02", tmp_path, bucket=bucket, epochs=1)
-    for name in list(storage.objects(f"s3://{bucket}/leaves/test"))[::10]:
+def test_03_predicts_a_local_folder_too(embedded, tmp_path, bucket, every):
+    execute("01 02", tmp_path, bucket=bucket, epochs=1, dataset_zip=every(5))
+    for name in list(storage.objects(f"s3://{bucket}/leaves/test"))[::2]:
         path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(storage.obstore.get(storage.store(bucket), f"leaves/test/{name}").bytes()))
     assert execute("03", tmp_path, bucket=bucket, test_url=str(tmp_path / "mine"))["images"] == 9
-
-
-def test_08_and_09_show_what_they_promise(embedded, tmp_path, bucket):
-    results = execute("01 08 09", tmp_path, bucket=bucket, rounds=1, convert_rounds=1, convert_pairs=8, gpt2_steps=1)
-    assert results["processes"] == 2 and results["max_abs_weight_difference"] < 1e-5
-    assert results["throughput_ratio"] > 0 and results["submitted_instance_state"] in ("pending", "running")
-    assert results["trainloop_overhead"] > 0 and results["trainer_overhead"] > 0
-    assert results["gpt2_packing_speedup"] > 0 and results["convert_speedup"] > 1 and results["convert_loss_difference"] < 1e-4
-
-
-def test_04_finds_replies_better_than_search_does(embedded, tmp_path, bucket):
-    results = execute("04", tmp_path, bucket=bucket, epochs=8)
-    assert results["recall_at_1_of_100"] >= 0.15 and results["train_recall"] > 0.5
-    assert abs(results["recall_at_1_of_100"] - results["quantized_recall_at_1_of_100"]) <= 0.005
-    assert 0 < results["tfidf_recall_at_1_of_100"] < 0.3 and results["multi_context_recall_at_1_of_100"] > 0.1
-    assert results["model_bytes"] < 3.5e6 and results["pairs_per_second"] > 0
-
-
-def test_05_learns_to_tell_jokes_and_07_tells_them(embedded, tmp_path, bucket):
-    extra, votes = tmp_path / "extra.txt", f"sqlite:///{tmp_path}/votes.db"
-    extra.write_text("Ladies and gentlemen, thank you for coming tonight. " * 40)
-    results = execute("05 07", tmp_path, bucket=bucket, epochs=3, extra_text=str(extra), database_url=votes, requests=100)
-    assert results["perplexity_after"] < results["perplexity_before"] / 5
-    assert results["jokes_kept"] > 450 and results["jokes_dropped"] >= 0 and results["copied_share"] < 0.5
-    assert 0 < results["distinct_2"] <= 1 and results["tokens_per_second"] > 0
-    assert {"models/jokes/config.json", "models/jokes/model.safetensors"} <= storage.objects(f"s3://{bucket}").keys()
-    assert results["jokes_served"] == 100 and 0 < results["p50_seconds"] <= results["p95_seconds"]
-    assert results["batched_speedup"] > 1 and results["votes"] == 0
-
-
-def test_06_reads_the_alignment_off_the_attention(embedded, tmp_path, bucket):
-    results = execute("06", tmp_path, bucket=bucket, examples=10)
-    assert results["alignment_accuracy"] >= 0.9 and results["heatmaps"] == 10 + 4 * 8
-    assert results["seconds_per_heatmap"] > 0 and results["run_url"].startswith("s3://")
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")

@@ -1,0 +1,39 @@
+"""The notebooks of language models, of many processes and of speed, executed with papermill as a user does."""
+
+from helpers import storage
+from executed import execute
+
+
+def test_04_finds_replies_better_than_search_does(embedded, tmp_path, bucket):
+    results = execute("04", tmp_path, bucket=bucket, epochs=6)
+    assert results["recall_at_1_of_100"] >= 0.15 and results["train_recall"] > 0.5
+    assert abs(results["recall_at_1_of_100"] - results["quantized_recall_at_1_of_100"]) <= 0.005
+    assert 0 < results["tfidf_recall_at_1_of_100"] < 0.3 and results["multi_context_recall_at_1_of_100"] > 0.1
+    assert results["model_bytes"] < 3.5e6 and results["pairs_per_second"] > 0
+
+
+def test_05_learns_to_tell_jokes_and_07_tells_them(embedded, tmp_path, bucket):
+    extra, votes = tmp_path / "extra.txt", f"sqlite:///{tmp_path}/votes.db"
+    extra.write_text("Ladies and gentlemen, thank you for coming tonight. " * 40)
+    results = execute("05 07", tmp_path, bucket=bucket, epochs=2, extra_text=str(extra), database_url=votes, requests=60)
+    assert results["perplexity_after"] < results["perplexity_before"] / 4
+    assert results["jokes_kept"] > 450 and results["jokes_dropped"] >= 0 and results["copied_share"] < 0.5
+    assert 0 < results["distinct_2"] <= 1 and results["tokens_per_second"] > 0
+    assert {"models/jokes/config.json", "models/jokes/model.safetensors"} <= storage.objects(f"s3://{bucket}").keys()
+    assert results["jokes_served"] == 60 and 0 < results["p50_seconds"] <= results["p95_seconds"]
+    assert results["batched_speedup"] > 1 and results["votes"] == 0
+
+
+def test_06_reads_the_alignment_off_the_attention(embedded, tmp_path, bucket):
+    results = execute("06", tmp_path, bucket=bucket, examples=10, epochs=5)
+    assert results["alignment_accuracy"] >= 0.9 and results["heatmaps"] == 10 + 4 * 5
+    assert results["seconds_per_heatmap"] > 0 and results["run_url"].startswith("s3://")
+
+
+def test_08_and_09_show_what_they_promise(embedded, tmp_path, bucket):
+    sizes = dict(rounds=1, epochs=1, batches=25, convert_rounds=1, convert_pairs=4, gpt2_steps=1)
+    results = execute("01 08 09", tmp_path, bucket=bucket, **sizes)
+    assert results["processes"] == 2 and results["max_abs_weight_difference"] < 1e-5
+    assert results["throughput_ratio"] > 0 and results["submitted_instance_state"] in ("pending", "running")
+    assert results["trainloop_overhead"] > 0 and results["trainer_overhead"] > 0
+    assert results["gpt2_packing_speedup"] > 0 and results["convert_speedup"] > 1 and results["convert_loss_difference"] < 1e-4
