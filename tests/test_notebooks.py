@@ -116,30 +116,30 @@ def test_another_split_of_the_same_data_is_refused(embedded, tmp_path, bucket):
     assert outcome.status == "FAILED" and "is split already, with other ratios" in outcome.error
 
 
-@pytest.mark.parametrize("number, needed", [("02", "01"), ("03", "02"), ("07", "05")])
+@pytest.mark.parametrize("number, needed", [("02", "01"), ("03", "02")])
 def test_each_notebook_alone_says_which_one_it_needs(number, needed, embedded, tmp_path, bucket):
     for exists in (False, True):
         if exists:
             storage.create_bucket(bucket)
         [outcome] = run.run([BY_NUMBER[number]], dict(bucket=bucket), tmp_path / f"{exists}")
         assert outcome.status == "FAILED"
-        assert f"make run NOTEBOOKS={needed if exists or number == '07' else '01'}" in outcome.error
-        assert bucket in outcome.error
+        assert f"make run NOTEBOOKS={needed if exists else '01'}" in outcome.error and bucket in outcome.error
 
 
 def test_03_predicts_a_local_folder_too(embedded, tmp_path, bucket, every):
     execute("01 02", tmp_path, bucket=bucket, epochs=1, dataset_zip=every(5))
-    for name in list(storage.objects(f"s3://{bucket}/leaves/test"))[::2]:
+    names = list(storage.objects(f"s3://{bucket}/leaves/test"))[::2]
+    for name in names:
         path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(storage.obstore.get(storage.store(bucket), f"leaves/test/{name}").bytes()))
-    assert execute("03", tmp_path, bucket=bucket, test_url=str(tmp_path / "mine"))["images"] == 9
+    assert execute("03", tmp_path, bucket=bucket, test_url=str(tmp_path / "mine"))["images"] == len(names) > 5
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")
 def test_real_photos(embedded, tmp_path, bucket):
     results = execute("01 02 03", tmp_path, bucket=bucket, dataset_zip=str(PHOTOS), dataset="photos",
-                      model_url=f"s3://{bucket}/models/photos")
+                      model_url=f"s3://{bucket}/models/photos", image_size=32)
     assert (results["train"], results["val"], results["test"]) == (1260, 270, 270)
     assert results["test_accuracy"] >= 0.65
 
@@ -148,12 +148,12 @@ def test_real_photos(embedded, tmp_path, bucket):
 
 
 def test_a_server_that_fails_all_the_time_and_cannot_copy(embedded, tmp_path, bucket, every):
-    execute("01 02 03", tmp_path, bucket=bucket, epochs=1, dataset_zip=every(12))
+    execute("01 02 03", tmp_path, bucket=bucket, epochs=1, dataset_zip=every(20))
     whole = contents(bucket)
     faults = dict(slow_down_every=3, reset_every=7, truncate_every=5, no_copy=True)
     url = embedded["AWS_ENDPOINT_URL"]
     with fault_proxy(url, **faults) as proxy, connected({**embedded, "AWS_ENDPOINT_URL": proxy.url}):
-        execute("01 02 03", tmp_path, bucket=f"{bucket}-faults", epochs=1, dataset_zip=every(12))
+        execute("01 02 03", tmp_path, bucket=f"{bucket}-faults", epochs=1, dataset_zip=every(20))
         assert min(proxy.slow_downs, proxy.resets, proxy.truncations) > 10 and proxy.copies_refused
     assert contents(f"{bucket}-faults") == whole
 
