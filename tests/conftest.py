@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import zipfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is there; kernels inherit it: the tests run on as many
 # processes as there are cores, and threads that wait for each other on a core take several times as long
@@ -51,6 +52,18 @@ def embedded(embedded_env):
 def bucket():
     """The name of a bucket that is not there yet."""
     return f"test-{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def every(tmp_path):
+    """every(n): a zip of every n-th of the leaves."""
+    def make(n):
+        path = tmp_path / "some_leaves.zip"
+        with zipfile.ZipFile(storage.REPOSITORY / "data_samples/leaves.zip") as leaves, zipfile.ZipFile(path, "w") as some:
+            for name in leaves.namelist()[::n]:
+                some.writestr(leaves.getinfo(name), leaves.read(name))  # with its date: the same bytes again
+        return str(path)
+    return make
 
 
 @pytest.fixture(scope="module")

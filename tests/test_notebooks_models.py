@@ -28,8 +28,8 @@ def test_04_to_07_train_look_and_tell_in_one_bucket(embedded, tmp_path, bucket):
     assert {"plots/joke.png", "dates.html"} <= storage.objects(results["run_url"]).keys()
 
 
-def test_08_and_09_show_what_they_promise(embedded, tmp_path, bucket):
-    sizes = dict(rounds=1, epochs=1, batches=25, convert_rounds=1, convert_pairs=4, gpt2_steps=1)
+def test_08_and_09_show_what_they_promise(embedded, tmp_path, bucket, every):
+    sizes = dict(dataset_zip=every(5), rounds=1, epochs=1, batches=25, convert_rounds=1, convert_pairs=4, gpt2_steps=1)
     results = execute("01 08 09", tmp_path, bucket=bucket, **sizes)
     assert results["processes"] == 2 and results["max_abs_weight_difference"] < 1e-5
     assert results["throughput_ratio"] > 0 and results["submitted_instance_state"] in ("pending", "running")
