@@ -445,11 +445,6 @@ def test_html_shows_what_is_picked_and_pointed_at():
 # ----------------------------------------------------------------------------------------------------- in a run
 
 
-@pytest.fixture(scope="module")
-def embedded_env(tmp_path_factory):
-    return storage.serve(tmp_path_factory.mktemp("s3"))
-
-
 def trained(url, epochs=2, **options):
     """The model and its loop, with a Heatmaps callback on TEXTS."""
     model, tokenizer = gpt2(), word_tokenizer()

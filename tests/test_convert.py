@@ -33,9 +33,9 @@ TEXTS = ["Good morning, how are you?", "I am well, and you?", "What is the capit
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory):
+def s3(embedded_env):
     """The URL of a new bucket on the embedded server."""
-    with connected(storage.serve(tmp_path_factory.mktemp("s3"))):
+    with connected(embedded_env):
         storage.create_bucket("dialogues")
         yield "s3://dialogues"
 
