@@ -281,19 +281,40 @@ def delete_bucket(name, contents=False):
 
 
 def objects(url):
-    """The objects under a prefix: {name relative to it: {"path", "size", "e_tag", "last_modified", …}}, by name."""
+    """The objects under a prefix: {name relative to it: {"path", "size", "e_tag", "last_modified", …}}, by name.
+
+    Many are listed folder by folder, 32 at once: a server gives a thousand in one answer, and the next after that.
+    """
     bucket, prefix = parse(url)
-    found = []
-
-    def rest():
-        after = found[-1]["path"] if found else None
-        for page in obstore.list(store(bucket), prefix or None, offset=after, chunk_size=1000):
-            found.extend(page)
-
-    with explained(url):
-        _again(rest)
+    with explained(url), ThreadPoolExecutor(THREADS) as pool:
+        found, folders = [], [prefix]
+        while folders:
+            listed = list(pool.map(functools.partial(_listed, bucket), folders))
+            found += itertools.chain.from_iterable(items for items, _ in listed)
+            folders = [folder for _, inner in listed for folder in inner]
     found.sort(key=lambda item: item["path"])
     return {item["path"].removeprefix(f"{prefix}/"): item for item in found}
+
+
+def _listed(bucket, folder):
+    """Objects under a folder, and folders of it whose objects are not among them."""
+    found = []
+
+    def some(limit=None):
+        for page in obstore.list(store(bucket), folder or None, offset=found[-1]["path"] if found else None,
+                                 chunk_size=1000):
+            found.extend(page)
+            if limit and len(found) >= limit:
+                return
+
+    _again(functools.partial(some, limit=1000))
+    if len(found) < 1000:
+        return found, []
+    level = _again(functools.partial(obstore.list_with_delimiter, store(bucket), folder or None))
+    if len(level["common_prefixes"]) <= 1000:
+        return level["objects"], level["common_prefixes"]
+    _again(some)  # so many folders would take more requests than their objects
+    return found, []
 
 
 def _again(call):
