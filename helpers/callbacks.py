@@ -29,8 +29,6 @@ import safetensors.torch
 import torch
 from botocore.exceptions import BotoCoreError, ClientError
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from helpers import experiment
 from helpers.training import MOMENTS, Callback, CancelFit
@@ -280,24 +278,13 @@ class ConstantPrediction(Callback):
     """
 
     def before_fit(self, loop):
-        loop.metrics.add_metrics({"predicted_classes": _PredictedClasses().to(loop.accelerator.device)})
+        from helpers.evaluation import PredictedClasses  # imports torchmetrics, which takes long: only where it is used
+
+        loop.add_metrics({"predicted_classes": PredictedClasses()})
 
     def after_epoch(self, loop):
         if loop.history[-1].get("val_predicted_classes") == 1:
             warnings.warn(f"Epoch {loop.epoch}: the model predicts the same class for every validation sample.")
-
-
-class _PredictedClasses(Metric):
-    def __init__(self):
-        super().__init__(distributed_available_fn=lambda: False)  # it gets the outputs of all processes as it is
-        self.add_state("classes", [], dist_reduce_fx="cat")
-
-    def update(self, outputs, targets):  # logits (samples, classes, …), or one for yes or no
-        binary = outputs.ndim == 1 or outputs.shape[1] == 1
-        self.classes.append(((outputs > 0).long() if binary else outputs.argmax(1)).unique())
-
-    def compute(self):
-        return torch.tensor(dim_zero_cat(self.classes).unique().numel())
 
 
 # --------------------------------------------------------------------------------------------------- keep, and tell

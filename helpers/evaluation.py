@@ -220,3 +220,18 @@ def _ranked(ks, outputs, targets):  # torchmetrics' retrieval metrics count no s
     targets = torch.arange(len(outputs), device=outputs.device) if targets is None else targets
     rank = (~(outputs < outputs.gather(1, targets[:, None]))).sum(1)  # not <: the last when the score is NaN
     return torch.stack([*(rank <= k for k in ks), 1 / rank], dim=1)
+
+
+class PredictedClasses(Metric):
+    """How many classes the predictions are of: 1 where a classifier says the same of everything."""
+
+    def __init__(self):
+        super().__init__(distributed_available_fn=lambda: False)  # it gets the outputs of all processes as it is
+        self.add_state("classes", [], dist_reduce_fx="cat")
+
+    def update(self, outputs, targets):  # logits (samples, classes, …), or one for yes or no
+        binary = outputs.ndim == 1 or outputs.shape[1] == 1
+        self.classes.append(((outputs > 0).long() if binary else outputs.argmax(1)).unique())
+
+    def compute(self):
+        return torch.tensor(dim_zero_cat(self.classes).unique().numel())

@@ -32,7 +32,6 @@ from botocore.exceptions import HTTPClientError
 from obstore.exceptions import GenericError
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
-from torchvision.models import resnet18
 
 from helpers import experiment, storage
 
@@ -554,7 +553,14 @@ def small_cnn(num_classes, width=32):
     return nn.Sequential(*blocks, *head)
 
 
-ARCHITECTURES = {"small_cnn": small_cnn, "resnet18": lambda num_classes: resnet18(num_classes=num_classes)}
+def resnet18(num_classes):
+    """torchvision's, untrained."""
+    from torchvision import models  # takes as long to import as PyTorch: only where it is used
+
+    return models.resnet18(num_classes=num_classes)
+
+
+ARCHITECTURES = {"small_cnn": small_cnn, "resnet18": resnet18}
 
 
 def build(architecture, num_classes):

@@ -13,7 +13,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, find_batch_size, gather_object, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
-from torchmetrics import MetricCollection
 
 from helpers.storage import progress
 
@@ -92,9 +91,9 @@ class TrainLoop:
                   for owner in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))]
         self.generators = list({id(owner.generator): owner.generator for owner in owners  # of orders and workers' seeds
                                 if getattr(owner, "generator", None) is not None}.values())
-        self.metrics = MetricCollection(metrics or {}, compute_groups=False).to(self.accelerator.device)
-        for metric in self.metrics.modules():
-            metric.distributed_available_fn = lambda: False  # each gets the outputs of all processes as it is
+        self.metrics = None
+        if metrics:
+            self.add_metrics(metrics)
         self.history = []  # a dict per epoch: epoch, train_loss, val_loss, val_{metric}, …
         self.steps = self.batch = 0  # steps done in all, and batches of the epoch under way
         self.callbacks = []
@@ -115,6 +114,15 @@ class TrainLoop:
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
         return _over(loader, BatchSamplerShard(loader.batch_sampler, processes, index),
                      persistent_workers=loader.persistent_workers)
+
+    def add_metrics(self, metrics):
+        """Have `evaluate` measure these, too."""
+        from torchmetrics import MetricCollection  # takes longer to import than PyTorch: only where it is used
+
+        self.metrics = self.metrics or MetricCollection({}, compute_groups=False)
+        self.metrics.add_metrics(metrics)
+        for metric in self.metrics.to(self.accelerator.device).modules():
+            metric.distributed_available_fn = lambda: False  # each gets the outputs of all processes as it is
 
     def fit(self, num_epochs=None, callbacks=(), num_steps=None):
         """Train for so many epochs, or steps, more; returns the history. A callback's CancelFit ends it early."""
@@ -249,14 +257,16 @@ class TrainLoop:
     @torch.inference_mode()
     def evaluate(self, loader):
         """{"loss": …, metric: …} over a loader, every sample counted once, in several processes too."""
-        self.metrics.reset()
+        if self.metrics:
+            self.metrics.reset()
         total, seen = torch.zeros((), device=self.accelerator.device), 0
         for loss, outputs, targets in self._outputs(loader):
             if loss is not None:
                 total += loss * find_batch_size(outputs)
             seen += find_batch_size(outputs)
-            self.metrics.update(outputs, targets)
-        values = {name: value.tolist() for name, value in self.metrics.compute().items()}
+            if self.metrics:
+                self.metrics.update(outputs, targets)
+        values = {name: value.tolist() for name, value in self.metrics.compute().items()} if self.metrics else {}
         return ({} if loss is None else {"loss": total.item() / seen}) | values
 
     @torch.inference_mode()

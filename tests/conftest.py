@@ -15,8 +15,12 @@ from servers import ceph, moto  # noqa: E402
 from servers.embedded import connected  # noqa: E402
 
 
+LONGEST = ("test_notebooks.py", "test_notebooks_models.py", "test_training_exact.py", "test_cloud.py", "test_storage.py",
+           "test_bot.py", "test_run.py", "test_convert.py")  # first, so that no process is left with one at the end
+
+
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.path.name.startswith("test_notebooks"))  # the longest files first, side by side
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
