@@ -1,9 +1,9 @@
-# make setup | run | test | lab | clean      (make run NOTEBOOKS="02 03" ARGS="-p epochs 3")
+# make setup | run | test | lab | bench | clean      (make run NOTEBOOKS="02 03" ARGS="-p epochs 3")
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup run test lab clean lock
+.PHONY: setup run test lab bench clean lock
 
 setup: $(VENV)/installed
 
@@ -23,6 +23,13 @@ test: setup
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
+
+# mosaicml-streaming asks for numpy < 2.2 and transformers < 5 and works with later ones: without its dependencies, but
+# for what it imports.
+bench: setup
+	$(BIN)/python -m pip install --no-deps --progress-bar off mosaicml-streaming==0.13.0 brotli==1.2.1 catalogue==2.0.10 \
+		cramjam==2.14.0 python-snappy==0.7.3 xxhash==4.1.0 zstd==1.5.7.2
+	$(BIN)/python -m helpers.run 09 $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs .s3 .pytest_cache *.egg-info helpers/__pycache__ tests/__pycache__

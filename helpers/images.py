@@ -81,7 +81,8 @@ def _smaller(data, size):
 class S3ImageFolder(Dataset):
     """torchvision's ImageFolder over s3://bucket/prefix/{class}/…/{file}, read as it is used, never through a disk.
 
-    What `pack` wrote is read as the folder it was made from, many images a request. Items are (image, class index):
+    What `pack` wrote is read as the folder it was made from, many images a request, and stays in memory up to 64 MB.
+    Items are (image, class index):
     the image (3, H, W) uint8 as `loader` makes it from the object's bytes, then `transform`. A DataLoader asks for all
     of a batch at once (`__getitems__`), so its objects are fetched together; the batches of `images.loader` also say
     what comes after them, which is fetched meanwhile.
@@ -111,10 +112,14 @@ class S3ImageFolder(Dataset):
         self.samples = [(f"{self.root}/{name}", self.class_to_idx[name.split("/")[0]]) for name in images]
         self.targets = [target for _, target in self.samples]
         self._files = [files[name] for name in images]
+        self._stays = bool(self.shards) and sum(file["size"] for file in self._files) <= WINDOW  # in memory, once read
+        self._asked = {}
         self._forget(None)
 
     def _forget(self, order):
-        self._order, self._asked, self._coming, self._rest = order, {}, {}, 0
+        self._order, self._coming, self._rest = order, {}, 0
+        if not self._stays:
+            self._asked = {}
 
     def __getstate__(self):
         return {**vars(self), "_order": None, "_asked": {}, "_coming": {}, "_rest": 0}
@@ -134,7 +139,7 @@ class S3ImageFolder(Dataset):
         storage.store(storage.parse(self.root)[0])  # made once, not in every thread; tells of a fork, which is no skip
         order, ahead = getattr(indices, "order", None), getattr(indices, "ahead", ())
         if order != self._order:  # another epoch or loader: what was fetched for the one before is of no use
-            for future in (*self._asked.values(), *self._coming.values()):
+            for future in (*self._coming.values(), *(() if self._stays else filter(None, self._asked.values()))):
                 future.cancel()
             self._forget(order)
         self._ask(indices, ahead)
@@ -174,8 +179,10 @@ class S3ImageFolder(Dataset):
         cache = self.cache and _cache(*self.cache)
         if cache and (data := cache.get(url, file)) is not None:
             return data
-        asked = self._asked.pop(index, None)
+        asked = self._asked.get(index)
         data = (asked.result() if asked else self._fetch([index]))[index]
+        if not self._stays:
+            self._asked.pop(index, None)
         if isinstance(data, OSError):
             raise data
         if self.shards and zlib.crc32(data) != file["crc32"]:
@@ -200,9 +207,14 @@ class S3ImageFolder(Dataset):
             wanted |= dict.fromkeys(batch)
             held += sum(self._files[index]["size"] for index in batch)
         self._rest = len(wanted) // 2
-        new = [index for index in wanted if index not in self._asked and index not in self._coming
-               and not (cache and cache.has(self.samples[index][0]))]
-        for group in self._neighbours(new) if self.shards else _chunks(new, CHUNK if ahead else 1):
+        new = [index for index in wanted if index not in self._asked and index not in self._coming]
+        if cache:
+            here = {index for index in new if cache.has(self.samples[index][0])}
+            self._asked |= dict.fromkeys(here)  # with no request: None
+            new = [index for index in new if index not in here]
+        first = 0 if self.shards else sum(index in new[:len(indices)] for index in indices)  # is waited for: all at once
+        groups = self._neighbours(new) if self.shards else [*_chunks(new[:first], 1), *_chunks(new[first:], CHUNK)]
+        for group in groups:
             self._asked |= dict.fromkeys(group, _threads("fetch", THREADS).submit(self._fetch, group))
 
     def _neighbours(self, indices):
@@ -474,12 +486,12 @@ class _Cache:
         return data[len(version):] if data.startswith(version) and len(data) == len(version) + file["size"] else None
 
     def has(self, url):
-        return self._path(url).exists()
+        return os.path.exists(self._path(url))
 
     def put(self, url, file, data):
         if self.full:
             return
-        path, data = self._path(url), self._version(file) + data
+        path, data = Path(self._path(url)), self._version(file) + data
         try:
             with self._account() as account:
                 account.bytes -= path.stat().st_size if path.exists() else 0
@@ -525,7 +537,7 @@ class _Cache:
 
     def _path(self, url):
         name = _md5(url.encode())
-        return self.folder / name[:2] / name
+        return f"{self.folder}/{name[:2]}/{name}"
 
     @staticmethod
     def _version(file):

@@ -1,0 +1,973 @@
+"""What reads images fast: packed shards, batches that say what comes next, the local cache; listings, reduced decoding.
+
+Requests are counted, held and changed by a proxy in front of a real server; processes are killed for real.
+"""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import secrets
+import sys
+import tarfile
+import threading
+import time
+import urllib.parse
+import warnings
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import obstore
+import psutil
+import pytest
+import torch
+from PIL import Image
+from servers import wait_until
+from servers.embedded import connected
+from servers.fault_proxy import Connection, FaultProxy, fault_proxy
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from helpers import images, storage
+
+TREE = ["ant/z.png", "ant/10.png", "ant/9.png", "ant/B.PNG", "ant/v1.2.final.png", "ant/sub/a.png", "ant/sub b/c.png",
+        "ant/sub/deep/er/d.png", "ant/sub-1/e.png", "Zebra/a.png", "bee/b+c & d%20é.png", "bee/.hidden.png",
+        "bee hive/1.png", "bee-2/1.png"]
+PHOTOS = {f"{'abc'[n % 3]}/{n:02}.jpg": np.random.default_rng(n).bytes(30_000 if n == 7 else 100 + 40 * n)
+          for n in range(60)}  # which `bytes` loads
+SETS = {f"{s}/{'ab'[n % 2]}/{n:02}.jpg": bytes([s, n]) * 500 for s in range(3) for n in range(20)}
+CACHED = 20 * (1000 + 16)  # bytes of one of the sets in a cache
+SHARD = 20_000
+FAULTS = {"slow_down_every": 7, "reset_every": 6, "truncate_every": 3}
+
+
+def png(number, size=16):
+    """A PNG that no other number has."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), np.uint8)
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def put(key, data):
+    obstore.put(storage.store("pictures"), key, data, use_multipart=False)
+
+
+def get(key):
+    return images.fetch(f"s3://pictures/{key}")
+
+
+def raw(url, **options):
+    """A folder of which the items are the bytes of the objects."""
+    return images.S3ImageFolder(url, loader=bytes, **options)
+
+
+def items(loader):
+    """The items of all batches of an epoch."""
+    return [(image, int(target)) for batch, targets in loader for image, target in zip(batch, targets)]
+
+
+def plain(folder, order):
+    """The items in this order, by PyTorch alone."""
+    return items(DataLoader(folder, 8, sampler=order))
+
+
+def size(directory):
+    """Bytes of the images in a cache."""
+    return sum(path.stat().st_size for path in directory.glob("*/*/*"))
+
+
+class Wire(FaultProxy):
+    """Notes what it passes on as (method, path, range) in `seen`, in `done` when it is through.
+
+    hold(method, path) is asked before: a request for which it is true waits until `released`, and is dropped then.
+    change(method, path) says whether to turn a byte of the answer.
+    """
+
+    def __init__(self, upstream):
+        super().__init__(upstream)
+        self.RequestHandlerClass, self.released = Watched, threading.Event()
+        self.seen, self.done, self.held = [], [], []
+        self.hold = self.change = lambda method, path: False
+
+    def gets(self, prefix):
+        """The GETs of objects under a prefix."""
+        return [(path, span) for method, path, span in self.seen if method == "GET" and path.startswith(f"{prefix}/")]
+
+    def writes(self):
+        return [path for method, path, _ in self.seen if method not in ("GET", "HEAD")]
+
+
+class Watched(Connection):
+    def forward(self, upstream, method, head, headers, expects):
+        path = urllib.parse.unquote(head.split()[1].decode()).removeprefix("/pictures/")
+        request = method, path, headers.get("range")
+        self.server.seen.append(request)
+        if self.server.hold(method, path):
+            self.server.held.append(request)
+            self.server.released.wait(60)
+            raise ConnectionError("dropped")
+        if self.server.change(method, path):
+            def body(*arguments, **options):
+                del upstream.body  # the next answer is as it is
+                return [turned(b"".join(upstream.body(*arguments, **options)))]
+
+            upstream.body = body
+        keep = super().forward(upstream, method, head, headers, expects)
+        self.server.done.append(request)
+        return keep
+
+
+def turned(data, at=0):
+    """The data with one byte changed."""
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+
+
+@contextlib.contextmanager
+def wire():
+    """This process connected through a Wire."""
+    with Wire(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            with connected(os.environ | {"AWS_ENDPOINT_URL": proxy.url}):
+                proxy.seen.clear()
+                yield proxy
+        finally:
+            proxy.released.set()
+            proxy.shutdown()
+            proxy.disconnect()
+
+
+def settled(count):
+    """The number when it has not grown for a while."""
+    before, now = -1, count()
+    while before != now:
+        time.sleep(0.15)
+        before, now = now, count()
+    return now
+
+
+def until(ready, what):
+    wait_until(ready, what, os.devnull, seconds=30)
+
+
+# Processes of their own come from a fork server that has imported PyTorch once.
+
+
+def start(target, *arguments):
+    multiprocessing.set_forkserver_preload(["helpers.images"])
+    process = multiprocessing.get_context("forkserver").Process(
+        target=in_environment, args=(dict(os.environ), target, *arguments), daemon=True)
+    process.start()
+    return process
+
+
+def in_environment(environment, target, *arguments):
+    os.environ.clear()
+    os.environ.update(environment)
+    target(*arguments)
+
+
+def answer(pipe, url, options):
+    folder = raw(url, **options)
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(items(images.loader(folder, 4, shuffle=True, seed=pipe.recv())))
+
+
+@contextlib.contextmanager
+def reader(url, **options):
+    """A process with a folder; it reads an epoch when a seed is sent into the pipe, and sends the items back."""
+    here, there = multiprocessing.Pipe()
+    process = start(answer, there, url, options)
+    there.close()
+    try:
+        yield process, here
+    finally:
+        here.close()
+        process.join(30)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def directory(tmp_path_factory):
+    """A connected server and the folder that it serves: buckets and objects are folders and files."""
+    directory = tmp_path_factory.mktemp("served")
+
+    def write(name, data, length=None, bucket="pictures"):
+        path = directory / bucket / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        if length:
+            os.truncate(path, length)
+
+    for number, name in enumerate(TREE):
+        write(f"tree/{name}", png(number))
+    for name in "readme.md", "ant/notes.txt":
+        write(f"tree/{name}", b"no image of a class")
+    for prefix, folder in ("photos", PHOTOS), ("sets", SETS):
+        for name, data in folder.items():
+            write(f"{prefix}/{name}", data)
+    for n in range(1000):
+        write(f"thousand/{'ab'[n > 499]}/{n:03}.jpg", b"%d" % n * 50)
+    for n in range(20):
+        write(f"large/a/{n:02}.jpg", b"%d" % n, 4 * 2**20)
+    write("huge/a/0.jpg", b"huge", 64 * 2**20)
+    for n in range(1100):  # what is listed folder by folder, at the top and further down, and more folders than that
+        write(f"top{n}", b"x" * (n % 7), bucket="many")
+        write(f"o dd/b+c & d%20é~#/%2F{n}", b"x" * (n % 5), bucket="many")
+        write(f"folders/{n}/x.png", b"x" * (n % 3), bucket="many")
+    for n in range(5):
+        write(f"o dd/b+c & d%20é~#/de/ep/{n}", b"x", bucket="many")
+        write(f"o dd/few/{n}", b"", bucket="many")
+    with connected(storage.serve(directory)):
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def packed(directory):
+    """The packed photos."""
+    return images.pack("s3://pictures/photos", shard_bytes=SHARD)
+
+
+@pytest.fixture
+def fresh():
+    """The name of a prefix that no other test has."""
+    return f"test-{secrets.token_hex(4)}"
+
+
+def copied(prefix, names=tuple(PHOTOS)[:12]):
+    """Some of the photos under a prefix of their own; its URL."""
+    for name in names:
+        put(f"{prefix}/{name}", PHOTOS[name])
+    return f"s3://pictures/{prefix}"
+
+
+# ------------------------------------------------------------------------------------------------------- what is packed
+
+
+@pytest.mark.parametrize("name, shard_bytes", [("tree", 8000), ("photos", SHARD)])
+def test_what_is_packed_reads_as_the_folder_it_was_made_from(name, shard_bytes):
+    url = f"s3://pictures/{name}"
+    assert images.pack(f"{url}/", f"{url}-as-it-was/", shard_bytes=shard_bytes) == f"{url}-as-it-was"
+    loose, shards = raw(url), raw(f"{url}-as-it-was")
+    assert len(shards.shards) > 4 and f"{len(shards)} images" in repr(shards)
+    assert (shards.classes, shards.class_to_idx, shards.targets) == (loose.classes, loose.class_to_idx, loose.targets)
+    assert [(path.replace("-as-it-was", ""), target) for path, target in shards.samples] == loose.samples
+    expected = plain(loose, SequentialSampler(loose))
+    assert [shards[index] for index in range(len(shards))] == expected
+    for shuffle in False, True:
+        one, other = (images.loader(folder, 5, shuffle=shuffle) for folder in (loose, shards))
+        for epoch in range(2):
+            read = items(other)
+            assert read == items(one) and sorted(read) == sorted(expected)
+
+
+def test_packed_images_are_decoded_like_loose_ones():
+    images.pack("s3://pictures/tree", "s3://pictures/tree-decoded")
+    loose, shards = (images.S3ImageFolder(f"s3://pictures/tree{end}") for end in ("", "-decoded"))
+    assert all(torch.equal(one, other) and s == t for (one, s), (other, t) in
+               zip(items(images.loader(loose, 5)), items(images.loader(shards, 5)), strict=True))
+
+
+def test_workers_read_packed_images_through_a_cache_in_the_same_order(packed, tmp_path):
+    here = images.loader(raw(packed), 7, shuffle=True)
+    there = images.loader(raw(packed, cache_dir=tmp_path), 7, shuffle=True, num_workers=2)
+    for epoch in range(2):
+        assert items(there) == items(here)
+
+
+def test_neighbours_in_a_shard_come_with_one_request(packed):
+    folder = raw(packed)
+    folder[0]
+    with wire() as proxy:
+        assert sorted(items(images.loader(folder, 6, shuffle=True))) == sorted(plain(raw("s3://pictures/photos"), range(60)))
+        assert len(proxy.gets("photos-packed")) == len(folder.shards) < 20
+
+
+@pytest.mark.parametrize("server", ["embedded", "moto"])
+def test_transient_faults_of_the_server_show_neither_in_packing_nor_in_reading(server, request, fresh, bucket):
+    with contextlib.ExitStack() as stack:
+        if server == "moto":
+            stack.enter_context(connected(request.getfixturevalue("moto_env")))
+        storage.create_bucket(bucket)
+        some = dict(list(PHOTOS.items())[:15])
+        for name, data in some.items():
+            obstore.put(storage.store(bucket), f"{fresh}/{name}", data)
+        proxy = stack.enter_context(fault_proxy(os.environ["AWS_ENDPOINT_URL"], **FAULTS))
+        stack.enter_context(connected(os.environ | {"AWS_ENDPOINT_URL": proxy.url}))
+        folder = raw(images.pack(f"s3://{bucket}/{fresh}", shard_bytes=SHARD))
+        shown = items(images.loader(folder, 10, shuffle=True))
+        assert min(proxy.slow_downs, proxy.resets, proxy.truncations) > 1
+    assert sorted(shown) == sorted((data, "abc".index(name[0])) for name, data in some.items())
+
+
+def test_a_shard_is_a_tar_of_images_and_their_class_indices(directory, packed):
+    folder, found = raw(packed), []
+    for shard in folder.shards:
+        with tarfile.open(directory / "pictures/photos-packed" / shard) as archive:
+            assert archive.fileobj.seek(0, 2) <= max(SHARD, 10_240 * 4)  # a tar ends with a whole record
+            members = [(member.name, archive.extractfile(member).read()) for member in archive]
+        for (image, data), (label, target) in zip(members[::2], members[1::2], strict=True):
+            assert re.fullmatch(r"\d{8}\.jpg", image) and label == image[:8] + ".cls"
+            found.append((image, data, int(target)))
+    assert sorted((data, target) for _, data, target in found) == sorted(plain(folder, range(60)))
+    assert [int(image[:8]) for image, _, _ in found] == list(range(60))
+    assert [target for _, _, target in found] != sorted(target for _, _, target in found)  # shuffled
+
+
+def test_webdataset_reads_the_shards(directory):
+    webdataset = pytest.importorskip("webdataset")
+    url = images.pack("s3://pictures/tree", "s3://pictures/tree-web", shard_bytes=8000)
+    shards = [str(directory / "pictures/tree-web" / shard) for shard in raw(url).shards]
+    found = [(sample["png"], int(sample["cls"])) for sample in webdataset.WebDataset(shards, shardshuffle=False)]
+    assert sorted(found) == sorted(plain(raw(url), range(len(TREE))))
+
+
+def test_the_index_tells_where_in_the_shard_each_image_is(packed):
+    index = json.loads(get("photos-packed/index.json"))
+    assert index["classes"] == ["a", "b", "c"]
+    assert sorted(name for name, *_ in index["samples"]) == sorted(PHOTOS)
+    for name, shard, offset, length, crc32 in index["samples"]:
+        data = get(f"photos-packed/{index['shards'][shard]}")[offset:offset + length]
+        assert data == PHOTOS[name] and zlib.crc32(data) == crc32
+
+
+# BUG: the image has no extension then (Path(".jpg").suffix is ""), and WebDataset does not see it.
+def test_an_image_that_has_nothing_but_an_extension_for_its_name_is_an_image_in_the_shard_too(directory, fresh):
+    put(f"{fresh}/a/.jpg", b"data")
+    images.pack(f"s3://pictures/{fresh}")
+    with tarfile.open(directory / f"pictures/{fresh}-packed/shard-000000.tar") as archive:
+        assert archive.getnames() == ["00000000.jpg", "00000000.cls"]
+
+
+# BUG: KeyError; a file of that name at the top was one of those that are ignored.
+def test_another_index_json_beside_the_classes_is_ignored_and_no_pack(fresh):
+    copied(fresh)
+    put(f"{fresh}/index.json", b'{"a": 0, "b": 1}')
+    folder = raw(f"s3://pictures/{fresh}")
+    assert len(folder) == 12 and folder.ignored == 1
+
+
+# BUG: KeyError.
+def test_packing_where_there_is_another_index_json_is_an_error_that_says_what_to_do(fresh, packed):
+    put(f"{fresh}/index.json", b'{"a": 0, "b": 1}')
+    with pytest.raises(storage.StorageError, match=f"{fresh}.*another packed_url"):
+        images.pack("s3://pictures/photos", f"s3://pictures/{fresh}")
+
+
+# ------------------------------------------------------------------------------------------------------------ damage
+
+
+@pytest.fixture
+def index(fresh):
+    """The index of a pack of this test alone."""
+    pack_shards("s3://pictures/photos", f"s3://pictures/{fresh}")
+    return json.loads(get(f"{fresh}/index.json"))
+
+
+def test_a_flipped_byte_is_an_error_that_names_image_and_shard_or_is_skipped_with_a_warning(fresh, index):
+    bad, number, offset, *_ = index["samples"][20]
+    shard = index["shards"][number]
+    put(f"{fresh}/{shard}", turned(get(f"{fresh}/{shard}"), offset + 3))
+    folder = raw(f"s3://pictures/{fresh}")
+    with pytest.raises(storage.StorageError, match=f"{bad}.*{shard}"):
+        items(images.loader(folder, 8))
+    others = [i for i, (url, _) in enumerate(folder.samples) if not url.endswith(bad)]
+    assert [folder[i] for i in others] == plain(raw("s3://pictures/photos"), others)
+    folder = raw(f"s3://pictures/{fresh}", on_error="skip")
+    with pytest.warns(UserWarning, match=f"skipped .*{bad}.*{shard}"):
+        shown = items(images.loader(folder, 8))
+    assert list(folder.skipped) == [f"s3://pictures/{fresh}/{bad}"]
+    assert {data for data, _ in shown} == set(PHOTOS.values()) - {PHOTOS[bad]} and len(shown) == 60
+
+
+def test_a_shard_that_is_gone_is_an_error_that_names_image_and_shard_or_is_skipped_with_a_warning(fresh, index):
+    shard, gone = index["shards"][2], [name for name, number, *_ in index["samples"] if number == 2]
+    obstore.delete(storage.store("pictures"), f"{fresh}/{shard}")
+    with pytest.raises(storage.StorageError, match=f"({'|'.join(gone)}).*{shard}"):
+        items(images.loader(raw(f"s3://pictures/{fresh}"), 8))
+    folder = raw(f"s3://pictures/{fresh}", on_error="skip")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        shown = items(images.loader(folder, 8))
+    assert sorted(folder.skipped) == sorted(f"s3://pictures/{fresh}/{name}" for name in gone)
+    assert {str(warning.message) for warning in said} == {f"skipped {reason}" for reason in folder.skipped.values()}
+    assert {data for data, _ in shown} == {PHOTOS[name] for name in PHOTOS if name not in gone} and len(shown) == 60
+
+
+# BUG: KeyError 'e_tag', since its CRC-32 is 0.
+def test_an_empty_image_in_a_pack_is_skipped_with_a_cache_too(fresh, tmp_path):
+    for number in range(4):
+        put(f"{fresh}/a/{number}.png", png(number) if number != 2 else b"")
+    url = images.pack(f"s3://pictures/{fresh}")
+    for options in {}, {"cache_dir": tmp_path}:
+        folder = images.S3ImageFolder(url, on_error="skip", **options)
+        with pytest.warns(UserWarning, match="skipped .*/a/2.png: not an image"):
+            assert len(folder.__getitems__(range(4))) == 4
+
+
+# -------------------------------------------------------------------------------------- packing: again, cut off, refused
+
+
+def contents(prefix):
+    return {name: get(f"{prefix}/{name}") for name in storage.objects(f"s3://pictures/{prefix}")}
+
+
+def test_packing_that_was_killed_is_completed_to_the_same_bytes_and_finished_shards_are_not_written_again(fresh, packed):
+    whole = contents("photos-packed")
+    shards = len(whole) - 1
+    with wire() as proxy:
+        proxy.hold = lambda method, path: path in (f"{fresh}/shard-000002.tar", f"{fresh}/index/000004.json")
+        process = start(pack_shards, "s3://pictures/photos", f"s3://pictures/{fresh}")
+        until(lambda: len(proxy.held) == 2 and sum(f"{fresh}/index/" in path for _, path, _ in proxy.done) == shards - 2,
+              "all but what is held")
+        process.kill()
+        process.join(20)
+        left = storage.objects(f"s3://pictures/{fresh}")
+        assert len(left) == 2 * shards - 3 and images.INDEX not in left
+        proxy.hold = lambda method, path: False
+        proxy.seen.clear()
+        pack_shards("s3://pictures/photos", f"s3://pictures/{fresh}")
+        written = [f"shard-{n:06}.tar" for n in (2, 4)] + [f"index/{n:06}.json" for n in (2, 4)] + ["index.json"]
+        assert sorted(path for path in proxy.writes() if "delete" not in path) == sorted(f"{fresh}/{n}" for n in written)
+    assert contents(fresh) == whole
+    now = storage.objects(f"s3://pictures/{fresh}")
+    assert all(now[name] == left[name] for name in now if name in left and "000004" not in name)  # its date, too
+
+
+def pack_shards(url, packed_url):
+    images.pack(url, packed_url, shard_bytes=SHARD)
+
+
+# BUG: when it was killed between writing index.json and deleting index/, what is in index/ stays for ever.
+def test_packing_that_was_killed_at_the_very_end_leaves_no_pieces_when_it_is_run_again(fresh, packed):
+    with wire() as proxy:
+        proxy.hold = lambda method, path: method in ("POST", "DELETE")
+        process = start(pack_shards, "s3://pictures/photos", f"s3://pictures/{fresh}")
+        until(lambda: proxy.held, "the deletion")
+        process.kill()
+        process.join(20)
+    pack_shards("s3://pictures/photos", f"s3://pictures/{fresh}")
+    assert contents(fresh) == contents("photos-packed")
+
+
+def test_packing_again_writes_nothing(packed):
+    with wire() as proxy:
+        assert images.pack("s3://pictures/photos", shard_bytes=SHARD) == packed
+        assert not proxy.writes()
+
+
+def test_a_pack_of_other_images_or_settings_is_not_overwritten_and_the_error_says_what_to_do(fresh):
+    url = copied(fresh)
+    there = images.pack(url)
+    before = contents(f"{fresh}-packed")
+    say = re.escape(there) + r".*storage\.delete.*another packed_url"
+    for settings in {"shard_bytes": 5000}, {"seed": 1}:
+        with pytest.raises(storage.StorageError, match=say):
+            images.pack(url, **settings)
+    put(f"{fresh}/a/new.jpg", b"one more")
+    with pytest.raises(storage.StorageError, match=say):
+        images.pack(url)
+    assert contents(f"{fresh}-packed") == before
+    storage.delete(there)
+    assert len(raw(images.pack(url))) == 13
+
+
+def test_the_seed_decides_the_order_in_the_shards(fresh):
+    url = copied(fresh)
+    rows = [[name for name, *_ in json.loads(images.fetch(images.pack(url, f"{url}-{n}", seed=seed) + "/index.json"))
+             ["samples"]] for n, seed in enumerate((1, 1, 2))]
+    assert rows[0] == rows[1] != rows[2] and sorted(rows[0]) == sorted(rows[2])
+
+
+def test_packing_what_has_no_images_is_an_error(fresh):
+    put(f"{fresh}/a/notes.txt", b"no image")
+    for name in fresh, "none":
+        with pytest.raises(storage.StorageError, match=f"no class folders with images under s3://pictures/{name}"):
+            images.pack(f"s3://pictures/{name}")
+
+
+def one_time(name):
+    """Whether a GET is the first one of this object."""
+    times = Counter()
+    return lambda method, path: method == "GET" and path == name and not times.update([path]) and times[path] == 1
+
+
+def test_an_image_that_comes_damaged_on_its_way_is_an_error_that_names_it_and_nothing_is_packed(fresh):
+    url = copied(fresh)
+    with wire() as proxy:
+        proxy.change = one_time(f"{fresh}/b/01.jpg")
+        with pytest.raises(storage.StorageError, match=f"{url}/b/01.jpg.*checksum"):
+            images.pack(url)
+    assert not storage.objects(f"{url}-packed")
+    assert len(raw(images.pack(url))) == 12
+
+
+def replaced_meanwhile(fresh, data):
+    """Pack, and put an image anew when the images are listed already."""
+    url = copied(fresh)
+    with wire() as proxy:
+        first = one_time(f"{fresh}/b/01.jpg")
+        proxy.hold = lambda method, path: first(method, path) and put(path, data)
+        with pytest.raises(storage.StorageError, match=f"{url}/b/01.jpg"):
+            images.pack(url)
+
+
+def test_an_image_that_is_replaced_by_a_longer_one_while_it_is_packed_is_an_error_that_names_it(fresh):
+    replaced_meanwhile(fresh, PHOTOS["b/01.jpg"] + b"more")
+
+
+# BUG: comes twice the same, and so is taken for an object of which the ETag is no MD5.
+def test_an_image_that_is_replaced_by_one_as_long_while_it_is_packed_is_an_error_that_names_it(fresh):
+    replaced_meanwhile(fresh, PHOTOS["b/01.jpg"][::-1])
+
+
+# BUG: the same.
+def test_an_image_that_always_comes_damaged_is_an_error_that_names_it(fresh):
+    url = copied(fresh)
+    with wire() as proxy:
+        proxy.change = lambda method, path: method == "GET" and path == f"{fresh}/b/01.jpg"
+        with pytest.raises(storage.StorageError, match=f"{url}/b/01.jpg"):
+            images.pack(url)
+
+
+def test_images_put_in_parts_of_which_the_etag_is_no_checksum_are_packed(moto_env, bucket):
+    with connected(moto_env):
+        storage.create_bucket(bucket)
+        upload = storage.client().create_multipart_upload(Bucket=bucket, Key="of/a/1.jpg")["UploadId"]
+        parts = [{"PartNumber": n, "ETag": storage.client().upload_part(
+            Bucket=bucket, Key="of/a/1.jpg", UploadId=upload, PartNumber=n, Body=body)["ETag"]}
+            for n, body in ((1, b"x" * 5 * 2**20), (2, b"end"))]
+        storage.client().complete_multipart_upload(Bucket=bucket, Key="of/a/1.jpg", UploadId=upload,
+                                                   MultipartUpload={"Parts": parts})
+        assert "-" in storage.objects(f"s3://{bucket}/of")["a/1.jpg"]["e_tag"]
+        assert raw(images.pack(f"s3://{bucket}/of"))[0] == (b"x" * 5 * 2**20 + b"end", 0)
+
+
+# -------------------------------------------------------------------------------------------------- announced batches
+
+
+THOUSAND = [(b"%d" % n * 50, int(n > 499)) for n in range(1000)]
+
+
+@pytest.mark.parametrize("batch_size, first", [(8, images.CHUNK * images.THREADS), (200, 3 * 200)])
+def test_while_a_batch_is_used_the_next_ones_are_asked_for_as_many_as_keep_the_threads_at_work(batch_size, first):
+    folder = raw("s3://pictures/thousand")
+    with wire() as proxy:
+        batches = iter(images.loader(folder, batch_size))
+        shown = items([next(batches)])
+        assert settled(lambda: len(proxy.gets("thousand"))) == first
+        shown += items([next(batches)])
+        assert settled(lambda: len(proxy.gets("thousand"))) == first + batch_size
+        assert shown + items(batches) == THOUSAND
+        assert Counter(proxy.gets("thousand")).total() == len(set(proxy.gets("thousand"))) == 1000
+
+
+@pytest.mark.parametrize("how", ["loose", "packed"])
+def test_no_more_bytes_are_asked_for_ahead_than_memory_is_meant_to_hold(how):
+    url, most = "s3://pictures/large", images.WINDOW + 4 * 2**20
+    if how == "packed":
+        url = images.pack(url, shard_bytes=40 * 2**20)
+    folder = images.S3ImageFolder(url, loader=lambda data: int(data[:2].strip(b"\0")))
+    folder[0]
+    with wire() as proxy:
+        batches = iter(images.loader(folder, 1))
+        shown = [next(batches)]
+        settled(lambda: len(proxy.seen))
+        asked = [span for _, span in proxy.gets(url.split("/")[-1])]
+        spans = [[int(end) for end in re.findall(r"\d+", span)] for span in asked if span]
+        held = sum(end + 1 - begin for begin, end in spans) if how == "packed" else 4 * 2**20 * len(asked)
+        assert images.WINDOW / 2 < held <= most + 1024 * 20
+        assert [int(number) for number, _ in [*shown, *batches]] == list(range(20))
+
+
+def test_an_epoch_that_was_broken_off_leaves_nothing_in_the_next(packed):
+    for url in "s3://pictures/photos", packed:
+        folder, epochs = raw(url), []
+        for _ in range(2):
+            loader = images.loader(folder, 8, shuffle=True, seed=3)
+            for taken in 1, 3, 0, 8:
+                batches = iter(loader)
+                epochs.append(items(next(batches) for _ in range(taken)))
+        assert epochs[:4] == epochs[4:] and epochs[0] != epochs[1][:8] != epochs[3][:8]
+        assert sorted(epochs[3]) == sorted(plain(raw("s3://pictures/photos"), range(60)))
+
+
+def test_two_loaders_of_one_folder_can_be_used_in_turns(packed):
+    for url in "s3://pictures/photos", packed:
+        folder = raw(url)
+        one, other = images.loader(folder, 8), images.loader(folder, 5, shuffle=True)
+        mixed = [(items([a]), items([b])) for a, b in zip(one, other)]
+        order = list(RandomSampler(folder, generator=torch.Generator().manual_seed(0)))
+        expected = plain(folder, range(60))
+        assert sum((a for a, _ in mixed), []) == expected
+        assert sum((b for _, b in mixed), []) == [expected[index] for index in order[:40]]
+
+
+def test_the_order_of_a_seed_is_the_one_that_pytorch_gives_it():
+    folder = raw("s3://pictures/photos")
+    ours = images.loader(folder, 7, shuffle=True, seed=5)
+    theirs = DataLoader(folder, 7, sampler=RandomSampler(folder, generator=torch.Generator().manual_seed(5)))
+    first = items(ours)
+    assert first == items(theirs) and items(ours) == items(theirs) != first
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_sampler_that_repeats_images_within_and_across_batches_gives_them_as_often(packed, drop_last):
+    def sampler():
+        return RandomSampler(range(60), replacement=True, num_samples=250, generator=torch.Generator().manual_seed(1))
+
+    order = list(sampler())[:240 if drop_last else 250]
+    assert len(set(order[:40])) < 40
+    for url in "s3://pictures/photos", packed:
+        folder = raw(url)
+        loader = images.loader(folder, 40, sampler=sampler(), drop_last=drop_last)
+        batches = list(loader)
+        assert len(loader) == len(batches) == (6 if drop_last else 7)
+        expected = plain(folder, range(60))
+        assert items(batches) == [expected[index] for index in order]
+
+
+# BUG: it is asked for as often as it occurs.
+def test_an_image_that_is_in_a_batch_many_times_is_asked_for_once():
+    folder = raw("s3://pictures/photos")
+    with wire() as proxy:
+        assert {data for data, _ in folder.__getitems__([5] * 20)} == {folder[5][0]}
+        assert len(proxy.gets("photos")) <= 2
+
+
+# BUG: all of its items are one tensor.
+def test_a_transform_that_changes_images_in_place_changes_each_once_where_one_is_in_a_batch_twice():
+    folder = images.S3ImageFolder("s3://pictures/tree", lambda image: image.bitwise_xor_(255))
+    one, = folder.__getitems__([0])
+    assert all(torch.equal(image, one[0]) for image, _ in folder.__getitems__([0, 0]))
+
+
+# BUG: KeyError, when two read the same image.
+def test_several_threads_can_read_images_of_one_folder():
+    folder, interval = raw("s3://pictures/photos"), sys.getswitchinterval()
+    expected = folder.__getitems__(range(4))
+    try:
+        sys.setswitchinterval(1e-5)
+        with ThreadPoolExecutor(16) as pool:
+            assert list(pool.map(folder.__getitem__, [0, 1, 2, 3] * 600)) == expected * 600
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("batch_size, length", [(4, 50), (3000, 30_000)])
+def test_what_a_batch_says_comes_next_is_what_comes_next_for_its_worker(workers, batch_size, length):
+    batches = images.Announced(RandomSampler(range(length)), batch_size, False, workers)
+    readers, orders = max(workers, 1), set()
+    for epoch in range(2):
+        seen = list(batches)
+        assert sorted(sum(seen, [])) == list(range(length)) and len(seen) == len(batches)
+        for number, batch in enumerate(seen):
+            coming = seen[number + readers::readers]
+            assert list(map(list, batch.ahead)) == coming[:len(batch.ahead)]
+            assert len(batch.ahead) >= min(len(coming), 2)
+            assert sum(map(len, batch.ahead)) <= max(images.AHEAD, 2 * batch_size)
+        orders |= {batch.order for batch in seen}
+    assert len(orders) == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.mark.parametrize("name", ["photos", "photos-packed"])
+def test_what_was_read_once_is_read_from_the_cache_by_all_datasets_and_processes(name, packed, tmp_path):
+    url, expected = f"s3://pictures/{name}", sorted(plain(raw("s3://pictures/photos"), range(60)))
+    with wire() as proxy:
+        folder = raw(url, cache_dir=tmp_path / "made/by itself")
+        assert sorted(items(images.loader(folder, 8, shuffle=True))) == expected
+        proxy.seen.clear()
+        assert sorted(items(images.loader(folder, 8, shuffle=True))) == expected and not proxy.seen
+        again = raw(url, cache_dir=str(tmp_path / "made/by itself"))
+        assert sorted(items(images.loader(again, 60))) == expected
+        with reader(url, cache_dir=tmp_path / "made/by itself") as (_, pipe):
+            pipe.send(1)
+            assert sorted(pipe.recv()) == expected
+        assert {path for path, _ in proxy.gets(name)} <= {"photos-packed/index.json"}
+
+
+def test_an_image_that_is_put_anew_is_read_anew_and_no_other(fresh, tmp_path):
+    url = copied(fresh)
+    before = items(images.loader(raw(url, cache_dir=tmp_path), 5))
+    for data in PHOTOS["b/01.jpg"][::-1], b"shorter":
+        put(f"{fresh}/b/01.jpg", data)
+        with wire() as proxy:
+            now = items(images.loader(raw(url, cache_dir=tmp_path), 5))
+            assert items(images.loader(raw(url, cache_dir=tmp_path), 5)) == now
+            assert [path for path, _ in proxy.gets(fresh)] == [f"{fresh}/b/01.jpg"]
+        assert [new for old, new in zip(before, now) if old != new] == [(data, 1)]
+
+
+@pytest.mark.parametrize("how", ["cut off", "empty", "garbage", "another's"])
+@pytest.mark.parametrize("url", ["s3://pictures/photos", "s3://pictures/photos-packed"])
+def test_a_file_of_the_cache_that_is_not_as_it_was_written_is_not_believed(how, url, packed, tmp_path):
+    expected = items(images.loader(raw(url, cache_dir=tmp_path), 9))
+    files = list(tmp_path.glob("*/*/*"))
+    assert len(files) == 60
+    other = files[0].read_bytes()
+    for path in files:
+        data = path.read_bytes()
+        path.write_bytes({"cut off": data[:-1], "empty": b"", "garbage": secrets.token_bytes(len(data)),
+                          "another's": other}[how])
+    assert items(images.loader(raw(url, cache_dir=tmp_path), 9)) == expected
+    with wire() as proxy:
+        assert items(images.loader(raw(url, cache_dir=tmp_path), 9)) == expected
+        assert len([path for path, _ in proxy.gets("photos")]) == 0
+
+
+# BUG: its length and first bytes are looked at, not the others, though a packed image has a CRC-32.
+@pytest.mark.parametrize("url", ["s3://pictures/photos", "s3://pictures/photos-packed"])
+def test_a_file_of_the_cache_of_which_the_end_was_not_written_is_not_believed(url, packed, tmp_path):
+    expected = items(images.loader(raw(url, cache_dir=tmp_path), 9))
+    for path in tmp_path.glob("*/*/*"):
+        data = path.read_bytes()
+        path.write_bytes(data[:50] + bytes(len(data) - 50))
+    assert items(images.loader(raw(url, cache_dir=tmp_path), 9)) == expected
+
+
+# BUG: ValueError, or an error about every image.
+def test_a_cache_of_which_the_account_is_garbage_is_used_or_left_but_no_error(tmp_path):
+    expected = items(images.loader(raw("s3://pictures/photos"), 9))
+    (tmp_path / "bytes").write_bytes(bytes(20))  # such as a file has after the power failed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert items(images.loader(raw("s3://pictures/photos", cache_dir=tmp_path), 9)) == expected
+
+
+# BUG: NotADirectoryError (PermissionError where it may not be written).
+def test_a_cache_that_cannot_be_made_is_a_warning_and_the_images_are_there(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    folder = raw("s3://pictures/photos", cache_dir=tmp_path / "file/cache")
+    with pytest.warns(UserWarning, match="cache"):
+        assert len(items(images.loader(folder, 9))) == 60
+
+
+def test_a_cache_that_cannot_be_written_any_more_is_a_warning_and_the_images_are_there(tmp_path):
+    folder, batches = raw("s3://pictures/photos", cache_dir=tmp_path / "cache"), []
+    expected = plain(raw("s3://pictures/photos"), range(60))
+    with pytest.warns(UserWarning, match=f"cache at {tmp_path}/cache takes no more"):
+        for number, batch in enumerate(images.loader(folder, 4)):
+            batches.append(batch)
+            if number == 2:
+                (tmp_path / "cache").rename(tmp_path / "elsewhere")
+                (tmp_path / "cache").write_text("a file in its place")
+    assert items(batches) == expected == items(images.loader(folder, 4))
+
+
+def test_images_larger_than_the_cache_are_right_and_the_bound_holds(tmp_path):
+    folder = raw("s3://pictures/photos", cache_dir=tmp_path, cache_bytes=40_000)
+    expected = sorted(plain(raw("s3://pictures/photos"), range(60)))
+    for epoch in range(3):
+        with wire() as proxy:
+            assert sorted(items(images.loader(folder, 8, shuffle=True, seed=epoch))) == expected
+            kept = len(list(tmp_path.glob("*/*/*")))
+            assert 0 < size(tmp_path) <= 40_000
+            if epoch:
+                assert len(proxy.gets("photos")) == 60 - kept
+
+
+def test_the_bound_holds_at_all_times_while_several_processes_write(tmp_path):
+    options, shares = {"cache_dir": tmp_path, "cache_bytes": 2 * CACHED + 5000}, []
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(reader(f"s3://pictures/sets/{n}", **options)) for n in range(3)]
+        processes = [psutil.Process(process.pid) for process, _ in readers]
+        for seed, (_, pipe) in enumerate(readers):
+            pipe.send(seed)
+        waiting = [pipe for _, pipe in readers]
+        while waiting:
+            for process in processes:
+                process.suspend()
+            until(lambda: all(process.status() == psutil.STATUS_STOPPED for process in processes), "all stopped")
+            shares.append(size(tmp_path))
+            for process in processes:
+                process.resume()
+            waiting = [pipe for pipe in waiting if not pipe.poll(0.005)]
+        for n, (_, pipe) in enumerate(readers):
+            expected = sorted((data, "ab".index(name[2])) for name, data in SETS.items() if name[0] == str(n))
+            assert sorted(pipe.recv()) == expected
+    assert CACHED < max(shares) <= options["cache_bytes"] and len(set(shares)) > 1
+
+
+# BUG: the account is written after the file, so that what a killed process wrote last is not in it.
+def test_the_bound_holds_after_a_process_was_killed_while_it_filled_the_cache_and_the_next_goes_on(tmp_path):
+    options = {"cache_dir": tmp_path, "cache_bytes": 20 * (4 * 2**20 + 16)}
+    with reader("s3://pictures/huge", **options) as (process, pipe):
+        pipe.send(0)
+        while not size(tmp_path):
+            pass
+        process.kill()
+        process.join(20)
+    assert size(tmp_path) <= options["cache_bytes"]
+    folder = raw("s3://pictures/large", **options)
+    assert [data[:2].strip(b"\0") for data, _ in items(images.loader(folder, 2))] == [b"%d" % n for n in range(20)]
+    assert 4 * 4 * 2**20 <= size(tmp_path) <= options["cache_bytes"]
+
+
+def test_the_images_that_no_process_uses_make_room_those_used_longest_ago_first(tmp_path):
+    options, before = {"cache_dir": tmp_path, "cache_bytes": 2 * CACHED + 5000}, {}
+    for n in range(2):
+        with reader(f"s3://pictures/sets/{n}", **options) as (_, pipe):
+            pipe.send(0)
+            pipe.recv()
+        before[n] = set(tmp_path.glob("*/*/*")) - before.get(0, set())
+        time.sleep(0.02)
+    folder = raw("s3://pictures/sets/2", **options)
+    assert len(items(images.loader(folder, 8))) == 20
+    now = set(tmp_path.glob("*/*/*"))
+    assert not now & before[0] and before[1] < now and len(now) == 40 and size(tmp_path) <= options["cache_bytes"]
+    with wire() as proxy:
+        assert len(items(images.loader(folder, 8))) == 20 and not proxy.seen
+
+
+def test_the_images_that_a_living_process_uses_stay_and_what_has_no_room_is_read_without(tmp_path):
+    options = {"cache_dir": tmp_path, "cache_bytes": CACHED + 2100}
+    with wire() as proxy, reader("s3://pictures/sets/0", **options) as (_, pipe):
+        for seed in range(2):
+            pipe.send(seed)
+            used = pipe.recv()
+            if not seed:
+                folder = raw("s3://pictures/sets/1", **options)
+                assert sorted(items(images.loader(folder, 8))) == sorted(
+                    (data, "ab".index(name[2])) for name, data in SETS.items() if name[0] == "1")
+                proxy.seen.clear()
+            assert len(used) == 20 and size(tmp_path) <= options["cache_bytes"]
+        assert not proxy.seen and len(list(tmp_path.glob("*/*/*"))) == 22
+
+
+# BUG: what was asked for and then comes from the cache, since another process has read it meanwhile, is never let go.
+def test_images_that_another_reader_has_cached_meanwhile_are_not_held_in_memory_for_the_epoch(tmp_path):
+    folder, other = (raw("s3://pictures/thousand", cache_dir=tmp_path) for _ in range(2))
+    one, before = iter(images.loader(folder, 8)), iter(images.loader(other, 8))
+    for _ in range(120):
+        next(before)
+        next(one)
+    assert len(folder._asked) <= images.CHUNK * images.THREADS
+
+
+# ------------------------------------------------------------------------------------------------------------ listings
+
+
+def listed(url):
+    return [(name, item["size"], (item["e_tag"] or "").strip('"')) for name, item in storage.objects(url).items()]
+
+
+def pages(url):
+    """The objects under a prefix as boto3 lists them."""
+    bucket, _, prefix = url.partition("/")
+    found = storage.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix and f"{prefix}/")
+    return [(item["Key"].removeprefix(f"{prefix}/"), item["Size"], item["ETag"].strip('"'))
+            for page in found for item in page["Contents"]]
+
+
+@pytest.mark.parametrize("url, number", [("many", 3310), ("many/folders", 1100), ("many/o dd", 1110),
+                                         ("many/o dd/few", 5), ("pictures/thousand", 1000)])
+def test_thousands_of_objects_in_nested_folders_are_listed_as_boto3_lists_them(url, number):
+    found = listed(f"s3://{url}")
+    assert len(found) == number and found == pages(url)
+
+
+def test_faults_of_the_server_lose_no_object_of_a_listing():
+    expected = pages("many")
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"], slow_down_every=4, reset_every=5, truncate_every=6) as proxy:
+        with connected(os.environ | {"AWS_ENDPOINT_URL": proxy.url}):
+            assert listed("s3://many") == expected
+        assert min(proxy.slow_downs, proxy.resets) > 0
+
+
+# ---------------------------------------------------------------------------------------------------- reduced decoding
+
+
+def smooth(height, width):
+    """A colourful picture without symmetry."""
+    few = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
+    return cv2.resize(few, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def jpeg(pixels, quality=95, mode="RGB", **options):
+    data = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(data, "jpeg", quality=quality, **options)
+    return data.getvalue()
+
+
+def in_full(data, size):
+    """The image decoded in full, then resized."""
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA).astype(int)
+
+
+def distance(data, size):
+    """The mean difference from that."""
+    image = images.decode(data, size=size)
+    assert image.shape == (3, size, size) and image.dtype == torch.uint8 and image.is_contiguous()
+    return np.abs(image.permute(1, 2, 0).numpy() - in_full(data, size)).mean()
+
+
+@pytest.mark.parametrize("size", [16, 75, 100, 150, 224, 299, 300, 301, 600, 700])
+def test_a_large_jpeg_decoded_to_a_small_size_looks_like_the_whole(size):
+    for height, width in (600, 900), (903, 601):
+        assert distance(jpeg(smooth(height, width)), size) < 4
+        assert np.abs(in_full(jpeg(smooth(height, width)[:, ::-1]), size)
+                      - in_full(jpeg(smooth(height, width)), size)).mean() > 30  # what a mirrored one has
+
+
+@pytest.mark.parametrize("kind", ["progressive", "grey", "CMYK", "turned by EXIF", "without chroma subsampling",
+                                  "with a thumbnail's worth of other data in front"])
+def test_a_large_jpeg_of_any_kind_decoded_to_a_small_size_looks_like_the_whole(kind):
+    turned_by = Image.Exif()
+    turned_by[0x0112] = 6
+    options = {"progressive": {"progressive": True}, "grey": {"mode": "L"}, "CMYK": {"mode": "CMYK"},
+               "turned by EXIF": {"exif": turned_by}, "without chroma subsampling": {"subsampling": 0},
+               "with a thumbnail's worth of other data in front": {"comment": jpeg(smooth(40, 50))}}[kind]
+    assert distance(jpeg(smooth(600, 900), **options), 70) < 1.5
+
+
+@pytest.mark.parametrize("scale", [8, 4, 2])
+def test_a_jpeg_is_never_decoded_smaller_than_what_is_wanted(scale):
+    wanted, shorter = 96, 96 * scale - 8  # just not large enough for this scale
+    detail = np.random.default_rng(0).integers(0, 256, (wanted, wanted, 3), np.uint8)
+    for height, width in (shorter, shorter), (shorter, 1600), (1600, shorter):
+        data = jpeg(cv2.resize(detail, (width, height), interpolation=cv2.INTER_NEAREST), subsampling=0)
+        small = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | 8 * scale)  # 1 / scale
+        assert min(small.shape[:2]) == wanted - 8 // scale
+        small = cv2.resize(small, (wanted, wanted), interpolation=cv2.INTER_AREA)
+        assert distance(data, wanted) < 0.6 * np.abs(small - in_full(data, wanted)).mean()
+
+
+def test_a_picture_in_another_format_is_decoded_in_full():
+    for ending in ".png", ".webp", ".bmp":
+        data = cv2.imencode(ending, smooth(600, 900))[1].tobytes()
+        assert distance(data, 64) == 0
+
+
+def test_a_jpeg_that_is_cut_off_is_an_error_at_any_size_where_it_is_one_in_full():
+    data, outcomes = jpeg(smooth(300, 300)), Counter()
+    for length in [*range(700), *range(700, len(data), 500)]:
+        answers = []
+        for size in None, 30:
+            try:
+                answers.append(images.decode(data[:length], size=size) is not None)
+            except ValueError:
+                answers.append(False)
+        assert answers[0] == answers[1]
+        outcomes[answers[0]] += 1
+    assert outcomes[False] > 600
+    for spoilt in turned(data, 3), data[:2] + b"\0" * 200 + data[2:], b"\xff\xd8" + b"\xff" * 500, b"\xff\xd8" + bytes(500):
+        with contextlib.suppress(ValueError):
+            images.decode(spoilt, size=30)
+
+
+# BUG: T.81 allows bytes of 0xFF before a marker (B.1.1.2); what follows is misread then, and may look like a frame.
+def test_a_jpeg_with_fill_bytes_before_a_marker_is_not_decoded_smaller_than_what_is_wanted():
+    detail = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    data = jpeg(cv2.resize(detail, (200, 200), interpolation=cv2.INTER_NEAREST), subsampling=0)
+    comment = bytearray(65_531)
+    comment[65_276:65_285] = b"\xff\xc0\0\x11\x08\xff\xff\xff\xff"  # where the length lies when it is read a byte early
+    data = data[:2] + b"\xff" + b"\xff\xfe\xff\xfd" + bytes(comment) + data[2:]
+    assert distance(data, 96) < 10
