@@ -181,7 +181,7 @@ class S3ImageFolder(Dataset):
             return data
         asked = self._asked.get(index)
         data = (asked.result() if asked else self._fetch([index]))[index]
-        if not self._stays:
+        if not self._stays or isinstance(data, OSError):
             self._asked.pop(index, None)
         if isinstance(data, OSError):
             raise data

@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import secrets
 import sys
@@ -282,39 +283,48 @@ def test_neighbours_in_a_shard_come_with_one_request(packed):
     folder = raw(packed)
     folder[0]
     with wire() as proxy:
-        assert sorted(items(images.loader(folder, 6, shuffle=True))) == sorted(plain(raw("s3://pictures/photos"), range(60)))
+        shown = items(images.loader(folder, 6, shuffle=True))
         assert len(proxy.gets("photos-packed")) == len(folder.shards) < 20
+    assert sorted(shown) == sorted(plain(raw("s3://pictures/photos"), range(60)))
 
 
-@pytest.mark.parametrize("server", ["embedded", "moto"])
-def test_transient_faults_of_the_server_show_neither_in_packing_nor_in_reading(server, request, fresh, bucket):
-    with contextlib.ExitStack() as stack:
-        if server == "moto":
-            stack.enter_context(connected(request.getfixturevalue("moto_env")))
-        storage.create_bucket(bucket)
-        some = dict(list(PHOTOS.items())[:15])
-        for name, data in some.items():
-            obstore.put(storage.store(bucket), f"{fresh}/{name}", data)
-        proxy = stack.enter_context(fault_proxy(os.environ["AWS_ENDPOINT_URL"], **FAULTS))
-        stack.enter_context(connected(os.environ | {"AWS_ENDPOINT_URL": proxy.url}))
-        folder = raw(images.pack(f"s3://{bucket}/{fresh}", shard_bytes=SHARD))
-        shown = items(images.loader(folder, 10, shuffle=True))
+def test_a_small_pack_stays_in_memory_for_other_epochs_and_loaders(packed):
+    folder = raw(packed)
+    first = items(images.loader(folder, 7, shuffle=True))
+    with wire() as proxy:
+        assert sorted(items(images.loader(folder, 9, shuffle=True, seed=1))) == sorted(first)
+        assert not proxy.seen
+        assert items(images.loader(pickle.loads(pickle.dumps(folder)), 7, shuffle=True)) == first
+        assert len(proxy.gets("photos-packed")) == len(folder.shards)
+
+
+def test_transient_faults_of_the_server_show_neither_in_packing_nor_in_reading(fresh):
+    url = copied(fresh)
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"], **FAULTS) as proxy:
+        with connected(os.environ | {"AWS_ENDPOINT_URL": proxy.url}):
+            shown = items(images.loader(raw(images.pack(url, shard_bytes=SHARD)), 5, shuffle=True))
         assert min(proxy.slow_downs, proxy.resets, proxy.truncations) > 1
-    assert sorted(shown) == sorted((data, "abc".index(name[0])) for name, data in some.items())
+    assert sorted(shown) == sorted(plain(raw(url), range(12)))
 
 
 def test_a_shard_is_a_tar_of_images_and_their_class_indices(directory, packed):
     folder, found = raw(packed), []
     for shard in folder.shards:
         with tarfile.open(directory / "pictures/photos-packed" / shard) as archive:
-            assert archive.fileobj.seek(0, 2) <= max(SHARD, 10_240 * 4)  # a tar ends with a whole record
             members = [(member.name, archive.extractfile(member).read()) for member in archive]
+        assert sum(len(data) for _, data in members) < SHARD or len(members) == 2
         for (image, data), (label, target) in zip(members[::2], members[1::2], strict=True):
             assert re.fullmatch(r"\d{8}\.jpg", image) and label == image[:8] + ".cls"
             found.append((image, data, int(target)))
     assert sorted((data, target) for _, data, target in found) == sorted(plain(folder, range(60)))
     assert [int(image[:8]) for image, _, _ in found] == list(range(60))
     assert [target for _, _, target in found] != sorted(target for _, _, target in found)  # shuffled
+
+
+def test_images_in_a_shard_have_their_extension_in_lower_case(directory):
+    images.pack("s3://pictures/tree", "s3://pictures/tree-names")
+    with tarfile.open(directory / "pictures/tree-names/shard-000000.tar") as archive:
+        assert archive.getnames() == [f"{n:08}{end}" for n in range(len(TREE)) for end in (".png", ".cls")]
 
 
 def test_webdataset_reads_the_shards(directory):
@@ -397,6 +407,16 @@ def test_a_shard_that_is_gone_is_an_error_that_names_image_and_shard_or_is_skipp
     assert {data for data, _ in shown} == {PHOTOS[name] for name in PHOTOS if name not in gone} and len(shown) == 60
 
 
+# BUG: of a pack that stays in memory what was damaged does, too.
+def test_a_damaged_image_is_read_anew_when_it_is_asked_for_again(packed):
+    folder = raw("s3://pictures/photos-packed")
+    with wire() as proxy:
+        proxy.change = lambda method, path: path.startswith("photos-packed/shard")
+        with pytest.raises(storage.StorageError, match="damaged"):
+            list(map(folder.__getitem__, range(60)))
+    assert [folder[index] for index in range(60)] == plain(raw("s3://pictures/photos"), range(60))
+
+
 # BUG: KeyError 'e_tag', since its CRC-32 is 0.
 def test_an_empty_image_in_a_pack_is_skipped_with_a_cache_too(fresh, tmp_path):
     for number in range(4):
@@ -408,21 +428,21 @@ def test_an_empty_image_in_a_pack_is_skipped_with_a_cache_too(fresh, tmp_path):
             assert len(folder.__getitems__(range(4))) == 4
 
 
-# -------------------------------------------------------------------------------------- packing: again, cut off, refused
+# ------------------------------------------------------------------------------------- packing: again, cut off, refused
 
 
 def contents(prefix):
-    return {name: get(f"{prefix}/{name}") for name in storage.objects(f"s3://pictures/{prefix}")}
+    return {name: zlib.crc32(get(f"{prefix}/{name}")) for name in storage.objects(f"s3://pictures/{prefix}")}
 
 
-def test_packing_that_was_killed_is_completed_to_the_same_bytes_and_finished_shards_are_not_written_again(fresh, packed):
+def test_packing_that_was_killed_is_completed_to_the_same_bytes_and_no_finished_shard_is_written_again(fresh, packed):
     whole = contents("photos-packed")
     shards = len(whole) - 1
     with wire() as proxy:
         proxy.hold = lambda method, path: path in (f"{fresh}/shard-000002.tar", f"{fresh}/index/000004.json")
         process = start(pack_shards, "s3://pictures/photos", f"s3://pictures/{fresh}")
-        until(lambda: len(proxy.held) == 2 and sum(f"{fresh}/index/" in path for _, path, _ in proxy.done) == shards - 2,
-              "all but what is held")
+        until(lambda: len(proxy.held) == 2 and sum(f"{fresh}/index/" in path for _, path, _ in proxy.done)
+              == shards - 2, "all but what is held")
         process.kill()
         process.join(20)
         left = storage.objects(f"s3://pictures/{fresh}")
@@ -430,8 +450,9 @@ def test_packing_that_was_killed_is_completed_to_the_same_bytes_and_finished_sha
         proxy.hold = lambda method, path: False
         proxy.seen.clear()
         pack_shards("s3://pictures/photos", f"s3://pictures/{fresh}")
-        written = [f"shard-{n:06}.tar" for n in (2, 4)] + [f"index/{n:06}.json" for n in (2, 4)] + ["index.json"]
-        assert sorted(path for path in proxy.writes() if "delete" not in path) == sorted(f"{fresh}/{n}" for n in written)
+        written = {f"{fresh}/{name}" for number in ("000002", "000004")
+                   for name in (f"shard-{number}.tar", f"index/{number}.json", "index.json")}
+        assert {path for path in proxy.writes() if "delete" not in path} == written
     assert contents(fresh) == whole
     now = storage.objects(f"s3://pictures/{fresh}")
     assert all(now[name] == left[name] for name in now if name in left and "000004" not in name)  # its date, too
@@ -533,17 +554,21 @@ def test_an_image_that_always_comes_damaged_is_an_error_that_names_it(fresh):
             images.pack(url)
 
 
-def test_images_put_in_parts_of_which_the_etag_is_no_checksum_are_packed(moto_env, bucket):
+def test_images_of_which_the_etag_is_no_checksum_are_packed_and_a_server_that_knows_ranges_gives_them(moto_env, bucket):
     with connected(moto_env):
         storage.create_bucket(bucket)
-        upload = storage.client().create_multipart_upload(Bucket=bucket, Key="of/a/1.jpg")["UploadId"]
-        parts = [{"PartNumber": n, "ETag": storage.client().upload_part(
-            Bucket=bucket, Key="of/a/1.jpg", UploadId=upload, PartNumber=n, Body=body)["ETag"]}
-            for n, body in ((1, b"x" * 5 * 2**20), (2, b"end"))]
-        storage.client().complete_multipart_upload(Bucket=bucket, Key="of/a/1.jpg", UploadId=upload,
-                                                   MultipartUpload={"Parts": parts})
-        assert "-" in storage.objects(f"s3://{bucket}/of")["a/1.jpg"]["e_tag"]
-        assert raw(images.pack(f"s3://{bucket}/of"))[0] == (b"x" * 5 * 2**20 + b"end", 0)
+        folder = {f"of/{name}": data for name, data in list(PHOTOS.items())[:12]}
+        for name, data in folder.items():
+            obstore.put(storage.store(bucket), name, data)
+        parts = {"Bucket": bucket, "Key": "of/b/04.jpg"}
+        parts["UploadId"] = storage.client().create_multipart_upload(**parts)["UploadId"]
+        e_tag = storage.client().upload_part(**parts, PartNumber=1, Body=folder["of/b/04.jpg"])["ETag"]
+        done = {"Parts": [{"PartNumber": 1, "ETag": e_tag}]}
+        storage.client().complete_multipart_upload(**parts, MultipartUpload=done)
+        assert "-" in storage.objects(f"s3://{bucket}/of")["b/04.jpg"]["e_tag"]
+        packed = raw(images.pack(f"s3://{bucket}/of", shard_bytes=SHARD))
+        assert items(images.loader(packed, 5)) == [(folder[f"of/{url[-8:]}"], target) for url, target in packed.samples]
+        assert len(packed) == 12
 
 
 # -------------------------------------------------------------------------------------------------- announced batches
@@ -593,6 +618,15 @@ def test_an_epoch_that_was_broken_off_leaves_nothing_in_the_next(packed):
                 epochs.append(items(next(batches) for _ in range(taken)))
         assert epochs[:4] == epochs[4:] and epochs[0] != epochs[1][:8] != epochs[3][:8]
         assert sorted(epochs[3]) == sorted(plain(raw("s3://pictures/photos"), range(60)))
+
+
+def test_the_epoch_after_one_that_was_broken_off_reads_images_as_they_are_now(fresh):
+    folder = raw(copied(fresh))
+    with wire() as proxy:
+        next(iter(images.loader(folder, 4)))
+        until(lambda: len(proxy.gets(fresh)) == 12 and len(proxy.done) >= 12, "what is asked for ahead")
+    put(f"{fresh}/c/11.jpg", b"new")
+    assert items(images.loader(folder, 4))[-1] == (b"new", 2)
 
 
 def test_two_loaders_of_one_folder_can_be_used_in_turns(packed):
@@ -648,11 +682,11 @@ def test_a_transform_that_changes_images_in_place_changes_each_once_where_one_is
 # BUG: KeyError, when two read the same image.
 def test_several_threads_can_read_images_of_one_folder():
     folder, interval = raw("s3://pictures/photos"), sys.getswitchinterval()
-    expected = folder.__getitems__(range(4))
+    expected = folder[0]
     try:
         sys.setswitchinterval(1e-5)
         with ThreadPoolExecutor(16) as pool:
-            assert list(pool.map(folder.__getitem__, [0, 1, 2, 3] * 600)) == expected * 600
+            assert set(pool.map(folder.__getitem__, [0] * 2000)) == {expected}
     finally:
         sys.setswitchinterval(interval)
 
@@ -705,21 +739,19 @@ def test_an_image_that_is_put_anew_is_read_anew_and_no_other(fresh, tmp_path):
         assert [new for old, new in zip(before, now) if old != new] == [(data, 1)]
 
 
-@pytest.mark.parametrize("how", ["cut off", "empty", "garbage", "another's"])
 @pytest.mark.parametrize("url", ["s3://pictures/photos", "s3://pictures/photos-packed"])
-def test_a_file_of_the_cache_that_is_not_as_it_was_written_is_not_believed(how, url, packed, tmp_path):
+def test_a_file_of_the_cache_that_is_not_as_it_was_written_is_not_believed(url, packed, tmp_path):
     expected = items(images.loader(raw(url, cache_dir=tmp_path), 9))
     files = list(tmp_path.glob("*/*/*"))
     assert len(files) == 60
     other = files[0].read_bytes()
-    for path in files:
+    for number, path in enumerate(files):
         data = path.read_bytes()
-        path.write_bytes({"cut off": data[:-1], "empty": b"", "garbage": secrets.token_bytes(len(data)),
-                          "another's": other}[how])
+        path.write_bytes([data[:-1], b"", secrets.token_bytes(len(data)), other][number % 4])
     assert items(images.loader(raw(url, cache_dir=tmp_path), 9)) == expected
     with wire() as proxy:
         assert items(images.loader(raw(url, cache_dir=tmp_path), 9)) == expected
-        assert len([path for path, _ in proxy.gets("photos")]) == 0
+        assert not proxy.gets("photos")
 
 
 # BUG: its length and first bytes are looked at, not the others, though a packed image has a CRC-32.
@@ -789,6 +821,7 @@ def test_the_bound_holds_at_all_times_while_several_processes_write(tmp_path):
             for process in processes:
                 process.resume()
             waiting = [pipe for pipe in waiting if not pipe.poll(0.005)]
+        shares.append(size(tmp_path))
         for n, (_, pipe) in enumerate(readers):
             expected = sorted((data, "ab".index(name[2])) for name, data in SETS.items() if name[0] == str(n))
             assert sorted(pipe.recv()) == expected
@@ -845,10 +878,10 @@ def test_the_images_that_a_living_process_uses_stay_and_what_has_no_room_is_read
 def test_images_that_another_reader_has_cached_meanwhile_are_not_held_in_memory_for_the_epoch(tmp_path):
     folder, other = (raw("s3://pictures/thousand", cache_dir=tmp_path) for _ in range(2))
     one, before = iter(images.loader(folder, 8)), iter(images.loader(other, 8))
-    for _ in range(120):
+    for _ in range(80):
         next(before)
         next(one)
-    assert len(folder._asked) <= images.CHUNK * images.THREADS
+    assert sum(asked is not None for asked in folder._asked.values()) <= images.CHUNK * images.THREADS
 
 
 # ------------------------------------------------------------------------------------------------------------ listings
@@ -909,7 +942,7 @@ def distance(data, size):
     return np.abs(image.permute(1, 2, 0).numpy() - in_full(data, size)).mean()
 
 
-@pytest.mark.parametrize("size", [16, 75, 100, 150, 224, 299, 300, 301, 600, 700])
+@pytest.mark.parametrize("size", [16, 75, 150, 224, 300, 301, 700])
 def test_a_large_jpeg_decoded_to_a_small_size_looks_like_the_whole(size):
     for height, width in (600, 900), (903, 601):
         assert distance(jpeg(smooth(height, width)), size) < 4
@@ -958,7 +991,7 @@ def test_a_jpeg_that_is_cut_off_is_an_error_at_any_size_where_it_is_one_in_full(
         assert answers[0] == answers[1]
         outcomes[answers[0]] += 1
     assert outcomes[False] > 600
-    for spoilt in turned(data, 3), data[:2] + b"\0" * 200 + data[2:], b"\xff\xd8" + b"\xff" * 500, b"\xff\xd8" + bytes(500):
+    for spoilt in turned(data, 3), data[:2] + bytes(200) + data[2:], data[:2] + b"\xff" * 500, data[:2] + bytes(500):
         with contextlib.suppress(ValueError):
             images.decode(spoilt, size=30)
 
