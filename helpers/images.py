@@ -1,5 +1,6 @@
 """Images of an S3 prefix as a PyTorch Dataset, loose or packed into shards, and the networks that learn from them."""
 
+import copy
 import functools
 import hashlib
 import io
@@ -69,12 +70,12 @@ def decode(data, size=None):
 def _smaller(data, size):
     """OpenCV's flag to decode a JPEG at 1/2, 1/4 or 1/8, which costs less, where that still is no smaller than size."""
     at = 2
-    while data[:2] == b"\xff\xd8" and at + 9 < len(data):  # from marker to marker, until the frame with its size
+    while data[:2] == b"\xff\xd8" and at + 9 < len(data) and data[at] == 0xFF:  # from marker to marker: the frame's
         marker, length = data[at + 1], int.from_bytes(data[at + 2:at + 4], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             shorter = min(int.from_bytes(data[i:i + 2], "big") for i in (at + 5, at + 7))
             return next((16 * scale // 2 for scale in (8, 4, 2) if shorter >= scale * size), 0)  # 64, 32, 16
-        at += 2 + length
+        at += 1 if marker == 0xFF else 2 + length  # a byte to fill up
     return 0
 
 
@@ -101,7 +102,7 @@ class S3ImageFolder(Dataset):
         self.loader, self.on_error, self.skipped = loader, on_error, {}
         self.cache = (str(Path(cache_dir).expanduser().absolute()), cache_bytes, self.root) if cache_dir else None
         files = storage.objects(self.root)
-        self.shards, files = _members(self.root) if INDEX in files else (None, files)
+        self.shards, files = _members(self.root) if {INDEX, "shard-000000.tar"} <= files.keys() else (None, files)
         images = _images(files)
         self.ignored = len(files) - len(images)
         self.classes = sorted({name.split("/")[0] for name in images})
@@ -144,12 +145,17 @@ class S3ImageFolder(Dataset):
             self._forget(order)
         self._ask(indices, ahead)
         for batch in (indices, *ahead[:DECODED]):
-            new = [index for index in batch if index not in self._coming]
+            new = [index for index in dict.fromkeys(batch) if index not in self._coming]
             for chunk in _chunks(new, 8):
                 self._coming |= dict.fromkeys(chunk, _threads("decode", CORES).submit(self._load_all, chunk))
-        images, items = {index: self._coming.pop(index) for index in dict.fromkeys(indices)}, []
+        images, items = {}, []
+        for index in dict.fromkeys(indices):
+            coming = self._coming.pop(index, None)  # None where another thread has taken it
+            images[index] = coming.result()[index] if coming else self._load(index)
         for index in indices:
-            image, target = images[index].result()[index], self.targets[index]
+            image, target = images[index], self.targets[index]
+            if len(images) < len(indices):  # some come more than once, and a transform may change an image in place
+                image = copy.deepcopy(image)
             items.append((self.transform(image) if self.transform else image,
                           self.target_transform(target) if self.target_transform else target))
         return items
@@ -177,16 +183,15 @@ class S3ImageFolder(Dataset):
         """The object's bytes: from the local cache, or from the server, where most have been asked for already."""
         url, file = self.samples[index][0], self._files[index]
         cache = self.cache and _cache(*self.cache)
+        asked = self._asked.get(index) if self._stays else self._asked.pop(index, None)
         if cache and (data := cache.get(url, file)) is not None:
             return data
-        asked = self._asked.get(index)
         data = (asked.result() if asked else self._fetch([index]))[index]
-        if not self._stays or isinstance(data, OSError):
-            self._asked.pop(index, None)
+        if self.shards and not isinstance(data, OSError) and zlib.crc32(data) != file["crc32"]:
+            data = storage.StorageError(f"{url} is damaged in {file['shard']}: delete {self.root} and pack it again.")
         if isinstance(data, OSError):
+            self._asked.pop(index, None)  # to be tried again
             raise data
-        if self.shards and zlib.crc32(data) != file["crc32"]:
-            raise storage.StorageError(f"{url} is damaged in {file['shard']}: delete {self.root} and pack it again.")
         if cache:
             cache.put(url, file, data)
         return data
@@ -385,6 +390,8 @@ def pack(url, packed_url=None, shard_bytes=64 * 2**20, seed=0):
     there, first = storage.objects(packed_url), list(itertools.accumulate(map(len, shards), initial=0))
     if INDEX in there:
         _same(json.loads(fetch(f"{packed_url}/{INDEX}")), plan, packed_url)
+        if any(name.startswith("index/") for name in there):  # it was killed at the very end
+            storage.delete(f"{packed_url}/index")
         return packed_url
 
     def write(number):
@@ -398,7 +405,7 @@ def pack(url, packed_url=None, shard_bytes=64 * 2**20, seed=0):
                 for i, (name, data) in enumerate(zip(shards[number], members), first[number]):
                     rows.append([name, number, tar.tell() + 512, len(data), zlib.crc32(data)])
                     label = str(classes.index(name.split("/")[0])).encode()
-                    for ending, content in ((Path(name).suffix.lower(), data), (".cls", label)):
+                    for ending, content in ((next(filter(name.lower().endswith, EXTENSIONS)), data), (".cls", label)):
                         member = tarfile.TarInfo(f"{i:08}{ending}")
                         member.size = len(content)
                         archive.addfile(member, io.BytesIO(content))
@@ -419,7 +426,7 @@ def pack(url, packed_url=None, shard_bytes=64 * 2**20, seed=0):
 
 
 def _same(record, plan, url):
-    if any(record[name] != value for name, value in plan.items()):
+    if any(record.get(name) != value for name, value in plan.items()):
         raise storage.StorageError(f"{url} holds a pack of other images, or with other settings: delete it "
                                    f"(storage.delete({url!r})), or use another packed_url.")
     return record
@@ -428,9 +435,18 @@ def _same(record, plan, url):
 def _verified(url, file):
     """The object's bytes, which have its ETag for their MD5 or, where that is none, come twice the same."""
     data = fetch(url)
-    if len(data) != file["size"] or not (_md5(data) == (file["e_tag"] or "").strip('"') or data == fetch(url)):
+    e_tag = (file["e_tag"] or "").strip('"')
+    if len(data) != file["size"] or _md5(data) != e_tag and (_is_md5(url, e_tag) or data != fetch(url)):
         raise storage.StorageError(f"{url} does not come as it was put: its checksum is another. Put it again.")
     return data
+
+
+def _is_md5(url, e_tag):
+    """Whether an ETag is the contents' MD5: not that of parts, nor of what is encrypted with a key of its owner."""
+    bucket, key = storage.parse(url)
+    with storage.explained(url):
+        head = storage.client().head_object(Bucket=bucket, Key=key)
+    return len(e_tag) == 32 and "SSECustomerAlgorithm" not in head and "kms" not in head.get("ServerSideEncryption", "")
 
 
 def _put(url, data):
@@ -469,11 +485,15 @@ class _Cache:
     def __init__(self, directory, limit, root):
         self.directory, self.limit, self.full = Path(directory), limit, False
         self.folder = self.directory / _md5(root.encode())
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with self._account():
-            self.folder.mkdir(exist_ok=True)
-            self.used = open(self.folder / "in-use", "w")  # a lock on it says so, as long as this process lives
-            fcntl.flock(self.used, fcntl.LOCK_SH)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with self._account():
+                self.folder.mkdir(exist_ok=True)
+                self.used = open(self.folder / "in-use", "w")  # a lock on it says so, as long as this process lives
+                fcntl.flock(self.used, fcntl.LOCK_SH)
+        except OSError as error:
+            self.full = True
+            warnings.warn(f"There is no cache at {self.directory}: {error}")
 
     def get(self, url, file):
         """The object's bytes, or None when they are not here, or not those of this version."""
@@ -482,8 +502,9 @@ class _Cache:
                 data = cached.read()
         except OSError:
             return None
-        version = self._version(file)
-        return data[len(version):] if data.startswith(version) and len(data) == len(version) + file["size"] else None
+        version, checksum, data = data[:16], data[16:20], data[20:]
+        whole = version == self._version(file) and checksum == zlib.crc32(data).to_bytes(4, "big")
+        return data if whole and len(data) == file["size"] else None
 
     def has(self, url):
         return os.path.exists(self._path(url))
@@ -491,7 +512,7 @@ class _Cache:
     def put(self, url, file, data):
         if self.full:
             return
-        path, data = Path(self._path(url)), self._version(file) + data
+        path, data = Path(self._path(url)), self._version(file) + zlib.crc32(data).to_bytes(4, "big") + data
         try:
             with self._account() as account:
                 account.bytes -= path.stat().st_size if path.exists() else 0
@@ -501,6 +522,8 @@ class _Cache:
                     self.full = True
                     return
                 account.bytes += len(data)
+                account.write()  # before the file: who is killed leaves room unused, never too little of it
+                path.unlink(missing_ok=True)
                 path.parent.mkdir(exist_ok=True)
                 path.with_suffix(".new").write_bytes(data)
                 path.with_suffix(".new").replace(path)
@@ -513,9 +536,11 @@ class _Cache:
         """Within it no other process writes; its `bytes` are those of all files."""
         with open(os.open(self.directory / "bytes", os.O_RDWR | os.O_CREAT), "r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            account = SimpleNamespace(bytes=int(file.read() or 0))
+            said = file.read()
+            account = SimpleNamespace(bytes=int(said) if said.isdigit() else self.limit)  # to be counted anew
+            account.write = lambda: os.pwrite(file.fileno(), b"%020d" % account.bytes, 0)
             yield account
-            os.pwrite(file.fileno(), b"%020d" % account.bytes, 0)
+            account.write()
 
     def _make_room(self, account, needed):
         sizes = {}  # counted anew: a process that was killed may have left the account wrong, or a file half-written
@@ -541,7 +566,7 @@ class _Cache:
 
     @staticmethod
     def _version(file):
-        return hashlib.md5(repr(file.get("crc32") or file["e_tag"] or file["last_modified"]).encode(),
+        return hashlib.md5(repr(file["crc32"] if "crc32" in file else file["e_tag"] or file["last_modified"]).encode(),
                            usedforsecurity=False).digest()
 
 

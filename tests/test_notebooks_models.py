@@ -40,7 +40,7 @@ def test_09_measures_what_it_says_side_by_side(embedded, tmp_path, bucket):
     before = dict(os.environ)
     sizes = dict(rounds=1, epochs=1, batches=25, convert_rounds=1, convert_pairs=4, convert_preset="tiny", gpt2_steps=1,
                  loader_images=64, loader_seconds=0.01, loader_rounds=1, packed_images=64, packed_rounds=1, scaling=1000,
-                 delay=0.001)
+                 delay=0.001, sections="images packed prefetch cache scaling loop convert gpt2 bot gpu")
     results = execute("09", tmp_path, bucket=bucket, **sizes)
     for name in ("boto3 loop, at once", "boto3 loop, 1 ms", "s3torchconnector, at once", "share of the limit",
                  "packed_over_webdataset", "packed_over_litdata", "epoch_over_longer_of_fetch_and_compute",

@@ -41,7 +41,7 @@ TREE = ["ant/z.png", "ant/10.png", "ant/9.png", "ant/B.PNG", "ant/v1.2.final.png
 PHOTOS = {f"{'abc'[n % 3]}/{n:02}.jpg": np.random.default_rng(n).bytes(30_000 if n == 7 else 100 + 40 * n)
           for n in range(60)}  # which `bytes` loads
 SETS = {f"{s}/{'ab'[n % 2]}/{n:02}.jpg": bytes([s, n]) * 500 for s in range(3) for n in range(20)}
-CACHED = 20 * (1000 + 16)  # bytes of one of the sets in a cache
+CACHED = 20 * (1000 + 16)  # about the bytes of one of the sets in a cache
 SHARD = 20_000
 FAULTS = {"slow_down_every": 7, "reset_every": 6, "truncate_every": 3}
 
@@ -344,7 +344,6 @@ def test_the_index_tells_where_in_the_shard_each_image_is(packed):
         assert data == PHOTOS[name] and zlib.crc32(data) == crc32
 
 
-# BUG: the image has no extension then (Path(".jpg").suffix is ""), and WebDataset does not see it.
 def test_an_image_that_has_nothing_but_an_extension_for_its_name_is_an_image_in_the_shard_too(directory, fresh):
     put(f"{fresh}/a/.jpg", b"data")
     images.pack(f"s3://pictures/{fresh}")
@@ -352,7 +351,6 @@ def test_an_image_that_has_nothing_but_an_extension_for_its_name_is_an_image_in_
         assert archive.getnames() == ["00000000.jpg", "00000000.cls"]
 
 
-# BUG: KeyError; a file of that name at the top was one of those that are ignored.
 def test_another_index_json_beside_the_classes_is_ignored_and_no_pack(fresh):
     copied(fresh)
     put(f"{fresh}/index.json", b'{"a": 0, "b": 1}')
@@ -360,7 +358,6 @@ def test_another_index_json_beside_the_classes_is_ignored_and_no_pack(fresh):
     assert len(folder) == 12 and folder.ignored == 1
 
 
-# BUG: KeyError.
 def test_packing_where_there_is_another_index_json_is_an_error_that_says_what_to_do(fresh, packed):
     put(f"{fresh}/index.json", b'{"a": 0, "b": 1}')
     with pytest.raises(storage.StorageError, match=f"{fresh}.*another packed_url"):
@@ -407,7 +404,6 @@ def test_a_shard_that_is_gone_is_an_error_that_names_image_and_shard_or_is_skipp
     assert {data for data, _ in shown} == {PHOTOS[name] for name in PHOTOS if name not in gone} and len(shown) == 60
 
 
-# BUG: of a pack that stays in memory what was damaged does, too.
 def test_a_damaged_image_is_read_anew_when_it_is_asked_for_again(packed):
     folder = raw("s3://pictures/photos-packed")
     with wire() as proxy:
@@ -417,7 +413,6 @@ def test_a_damaged_image_is_read_anew_when_it_is_asked_for_again(packed):
     assert [folder[index] for index in range(60)] == plain(raw("s3://pictures/photos"), range(60))
 
 
-# BUG: KeyError 'e_tag', since its CRC-32 is 0.
 def test_an_empty_image_in_a_pack_is_skipped_with_a_cache_too(fresh, tmp_path):
     for number in range(4):
         put(f"{fresh}/a/{number}.png", png(number) if number != 2 else b"")
@@ -462,7 +457,6 @@ def pack_shards(url, packed_url):
     images.pack(url, packed_url, shard_bytes=SHARD)
 
 
-# BUG: when it was killed between writing index.json and deleting index/, what is in index/ stays for ever.
 def test_packing_that_was_killed_at_the_very_end_leaves_no_pieces_when_it_is_run_again(fresh, packed):
     with wire() as proxy:
         proxy.hold = lambda method, path: method in ("POST", "DELETE")
@@ -540,12 +534,10 @@ def test_an_image_that_is_replaced_by_a_longer_one_while_it_is_packed_is_an_erro
     replaced_meanwhile(fresh, PHOTOS["b/01.jpg"] + b"more")
 
 
-# BUG: comes twice the same, and so is taken for an object of which the ETag is no MD5.
 def test_an_image_that_is_replaced_by_one_as_long_while_it_is_packed_is_an_error_that_names_it(fresh):
     replaced_meanwhile(fresh, PHOTOS["b/01.jpg"][::-1])
 
 
-# BUG: the same.
 def test_an_image_that_always_comes_damaged_is_an_error_that_names_it(fresh):
     url = copied(fresh)
     with wire() as proxy:
@@ -664,7 +656,6 @@ def test_a_sampler_that_repeats_images_within_and_across_batches_gives_them_as_o
         assert items(batches) == [expected[index] for index in order]
 
 
-# BUG: it is asked for as often as it occurs.
 def test_an_image_that_is_in_a_batch_many_times_is_asked_for_once():
     folder = raw("s3://pictures/photos")
     with wire() as proxy:
@@ -672,21 +663,19 @@ def test_an_image_that_is_in_a_batch_many_times_is_asked_for_once():
         assert len(proxy.gets("photos")) <= 2
 
 
-# BUG: all of its items are one tensor.
 def test_a_transform_that_changes_images_in_place_changes_each_once_where_one_is_in_a_batch_twice():
     folder = images.S3ImageFolder("s3://pictures/tree", lambda image: image.bitwise_xor_(255))
     one, = folder.__getitems__([0])
     assert all(torch.equal(image, one[0]) for image, _ in folder.__getitems__([0, 0]))
 
 
-# BUG: KeyError, when two read the same image.
 def test_several_threads_can_read_images_of_one_folder():
     folder, interval = raw("s3://pictures/photos"), sys.getswitchinterval()
     expected = folder[0]
     try:
         sys.setswitchinterval(1e-5)
         with ThreadPoolExecutor(16) as pool:
-            assert set(pool.map(folder.__getitem__, [0] * 2000)) == {expected}
+            assert set(pool.map(folder.__getitem__, [0] * 1000)) == {expected}
     finally:
         sys.setswitchinterval(interval)
 
@@ -754,7 +743,6 @@ def test_a_file_of_the_cache_that_is_not_as_it_was_written_is_not_believed(url, 
         assert not proxy.gets("photos")
 
 
-# BUG: its length and first bytes are looked at, not the others, though a packed image has a CRC-32.
 @pytest.mark.parametrize("url", ["s3://pictures/photos", "s3://pictures/photos-packed"])
 def test_a_file_of_the_cache_of_which_the_end_was_not_written_is_not_believed(url, packed, tmp_path):
     expected = items(images.loader(raw(url, cache_dir=tmp_path), 9))
@@ -764,7 +752,6 @@ def test_a_file_of_the_cache_of_which_the_end_was_not_written_is_not_believed(ur
     assert items(images.loader(raw(url, cache_dir=tmp_path), 9)) == expected
 
 
-# BUG: ValueError, or an error about every image.
 def test_a_cache_of_which_the_account_is_garbage_is_used_or_left_but_no_error(tmp_path):
     expected = items(images.loader(raw("s3://pictures/photos"), 9))
     (tmp_path / "bytes").write_bytes(bytes(20))  # such as a file has after the power failed
@@ -773,7 +760,6 @@ def test_a_cache_of_which_the_account_is_garbage_is_used_or_left_but_no_error(tm
         assert items(images.loader(raw("s3://pictures/photos", cache_dir=tmp_path), 9)) == expected
 
 
-# BUG: NotADirectoryError (PermissionError where it may not be written).
 def test_a_cache_that_cannot_be_made_is_a_warning_and_the_images_are_there(tmp_path):
     (tmp_path / "file").write_text("no folder")
     folder = raw("s3://pictures/photos", cache_dir=tmp_path / "file/cache")
@@ -828,7 +814,6 @@ def test_the_bound_holds_at_all_times_while_several_processes_write(tmp_path):
     assert CACHED < max(shares) <= options["cache_bytes"] and len(set(shares)) > 1
 
 
-# BUG: the account is written after the file, so that what a killed process wrote last is not in it.
 def test_the_bound_holds_after_a_process_was_killed_while_it_filled_the_cache_and_the_next_goes_on(tmp_path):
     options = {"cache_dir": tmp_path, "cache_bytes": 20 * (4 * 2**20 + 16)}
     with reader("s3://pictures/huge", **options) as (process, pipe):
@@ -860,7 +845,7 @@ def test_the_images_that_no_process_uses_make_room_those_used_longest_ago_first(
 
 
 def test_the_images_that_a_living_process_uses_stay_and_what_has_no_room_is_read_without(tmp_path):
-    options = {"cache_dir": tmp_path, "cache_bytes": CACHED + 2100}
+    options = {"cache_dir": tmp_path, "cache_bytes": CACHED + 2500}
     with wire() as proxy, reader("s3://pictures/sets/0", **options) as (_, pipe):
         for seed in range(2):
             pipe.send(seed)
@@ -874,7 +859,6 @@ def test_the_images_that_a_living_process_uses_stay_and_what_has_no_room_is_read
         assert not proxy.seen and len(list(tmp_path.glob("*/*/*"))) == 22
 
 
-# BUG: what was asked for and then comes from the cache, since another process has read it meanwhile, is never let go.
 def test_images_that_another_reader_has_cached_meanwhile_are_not_held_in_memory_for_the_epoch(tmp_path):
     folder, other = (raw("s3://pictures/thousand", cache_dir=tmp_path) for _ in range(2))
     one, before = iter(images.loader(folder, 8)), iter(images.loader(other, 8))
@@ -996,11 +980,10 @@ def test_a_jpeg_that_is_cut_off_is_an_error_at_any_size_where_it_is_one_in_full(
             images.decode(spoilt, size=30)
 
 
-# BUG: T.81 allows bytes of 0xFF before a marker (B.1.1.2); what follows is misread then, and may look like a frame.
 def test_a_jpeg_with_fill_bytes_before_a_marker_is_not_decoded_smaller_than_what_is_wanted():
     detail = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
     data = jpeg(cv2.resize(detail, (200, 200), interpolation=cv2.INTER_NEAREST), subsampling=0)
     comment = bytearray(65_531)
     comment[65_276:65_285] = b"\xff\xc0\0\x11\x08\xff\xff\xff\xff"  # where the length lies when it is read a byte early
-    data = data[:2] + b"\xff" + b"\xff\xfe\xff\xfd" + bytes(comment) + data[2:]
-    assert distance(data, 96) < 10
+    filled = data[:2] + b"\xff" + b"\xff\xfe\xff\xfd" + bytes(comment) + data[2:]
+    assert torch.equal(images.decode(filled, size=96), images.decode(data, size=96))
