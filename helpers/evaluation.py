@@ -226,7 +226,7 @@ class PredictedClasses(Metric):
     """How many classes the predictions are of: 1 where a classifier says the same of everything."""
 
     def __init__(self):
-        super().__init__(distributed_available_fn=lambda: False)  # it gets the outputs of all processes as it is
+        super().__init__()
         self.add_state("classes", [], dist_reduce_fx="cat")
 
     def update(self, outputs, targets):  # logits (samples, classes, …), or one for yes or no

@@ -82,11 +82,10 @@ def _smaller(data, size):
 class S3ImageFolder(Dataset):
     """torchvision's ImageFolder over s3://bucket/prefix/{class}/…/{file}, read as it is used, never through a disk.
 
-    What `pack` wrote is read as the folder it was made from, many images a request, and stays in memory up to 64 MB.
-    Items are (image, class index):
-    the image (3, H, W) uint8 as `loader` makes it from the object's bytes, then `transform`. A DataLoader asks for all
-    of a batch at once (`__getitems__`), so its objects are fetched together; the batches of `images.loader` also say
-    what comes after them, which is fetched meanwhile.
+    Items are (image, class index): the image (3, H, W) uint8 as `loader` makes it from the object's bytes, then
+    `transform`. A DataLoader asks for all of a batch at once (`__getitems__`), so its objects are fetched together; the
+    batches of `images.loader` also say what comes after them, which is fetched meanwhile. What `pack` wrote is read as
+    the folder it was made from, many images a request, and stays in memory up to 64 MB.
 
     on_error: "raise" a StorageError that names the object, or "skip": put the next image of the same class in its
         place, warn, and note it in `skipped` ({url: reason}; a worker's are its own, but its warnings are seen).
@@ -217,8 +216,12 @@ class S3ImageFolder(Dataset):
             here = {index for index in new if cache.has(self.samples[index][0])}
             self._asked |= dict.fromkeys(here)  # with no request: None
             new = [index for index in new if index not in here]
-        first = 0 if self.shards else sum(index in new[:len(indices)] for index in indices)  # is waited for: all at once
-        groups = self._neighbours(new) if self.shards else [*_chunks(new[:first], 1), *_chunks(new[first:], CHUNK)]
+        if self.shards:
+            groups = self._neighbours(new)
+        else:
+            waited_for = set(indices)  # they come first, and each is fetched by a thread of its own
+            first = sum(index in waited_for for index in new)
+            groups = [*_chunks(new[:first], 1), *_chunks(new[first:], CHUNK)]
         for group in groups:
             self._asked |= dict.fromkeys(group, _threads("fetch", THREADS).submit(self._fetch, group))
 

@@ -115,13 +115,15 @@ def test_running_01_again_changes_nothing_and_another_split_is_refused(embedded,
     assert written() == first
 
 
-@pytest.mark.parametrize("number, needed, exists", [("02", "01", False), ("03", "02", True)])
-def test_each_notebook_alone_says_which_one_it_needs(number, needed, exists, embedded, tmp_path, bucket):
-    if exists:
-        storage.create_bucket(bucket)
-    [outcome] = run.run([BY_NUMBER[number]], dict(bucket=bucket), tmp_path)
-    assert outcome.status == "FAILED"
-    assert f"make run NOTEBOOKS={needed}" in outcome.error and bucket in outcome.error
+@pytest.mark.parametrize("number, needed", [("02", "01"), ("03", "02"), ("07", "05")])
+def test_each_notebook_alone_says_which_one_it_needs(number, needed, embedded, tmp_path, bucket):
+    for exists in (False, True):
+        if exists:
+            storage.create_bucket(bucket)
+        [outcome] = run.run([BY_NUMBER[number]], dict(bucket=bucket), tmp_path / f"{exists}")
+        assert outcome.status == "FAILED"
+        assert f"make run NOTEBOOKS={needed if exists or number == '07' else '01'}" in outcome.error
+        assert bucket in outcome.error
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")
