@@ -8,67 +8,27 @@ import math
 import os
 import platform
 import re
-import secrets
 import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from datetime import datetime, timezone
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import fsspec
 import safetensors.torch
 import torch
-from fsspec.implementations.local import LocalFileSystem
 
-from helpers.storage import THREADS, NotFound, StorageError, explained, redact
+from helpers import storage
+from helpers.storage import THREADS, StorageError, redact
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "transformers", "tokenizers", "accelerate", "safetensors", "numpy",
             "opencv-python-headless", "fsspec", "s3fs", "gcsfs", "obstore", "boto3", "papermill")  # that change results
 
 
-@contextmanager
-def _place(url):
-    """The file system and path of any fsspec URL; what goes wrong within is a StorageError that names the URL."""
-    google = str(url).startswith(("gs://", "gcs://"))
-    try:
-        with nullcontext() if google else explained(url):
-            yield fsspec.url_to_fs(str(url))
-    except ImportError as error:  # "Please install gcsfs to access Google Storage"
-        raise StorageError(f"{url}: {error}.") from None
-    except Exception as error:  # gcsfs lets through what aiohttp and google.auth raise
-        if not google or isinstance(error, (StorageError, TypeError)):
-            raise
-        said, kind = " ".join(str(error).split()), NotFound if isinstance(error, FileNotFoundError) else StorageError
-        raise kind(f"{url}: {type(error).__name__}: {said}: check the name, and your login "
-                   "(gcloud auth application-default login).") from None
-
-
-def write(url, data):
-    """Write bytes to any fsspec URL, whole or not at all. Of several processes (torchrun), the first one alone does."""
-    if not _first():
-        return
-    with _place(url) as (filesystem, path):
-        if not isinstance(filesystem, LocalFileSystem):  # an object is there when all of it is
-            filesystem.pipe_file(path, data)
-            return
-        partial = Path(f"{path}.{secrets.token_hex(4)}.part")  # beside it: a rename is at once only there
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def _first():
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _agreed(value):
+def broadcast(value):
     """This value, or the first process's where there are several: a run has one folder."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState  # here: a run without several processes needs neither
@@ -79,57 +39,15 @@ def _agreed(value):
     return value
 
 
-def read(url):
-    """The bytes at any fsspec URL. Raises storage.NotFound when there are none."""
-    with _place(url) as (filesystem, path):
-        return filesystem.cat_file(path)
-
-
 def _load(url):
-    with _place(url):  # no JSON is damaged, too
-        return json.loads(read(url))
+    with storage.translate_errors(url):  # no JSON is damaged, too
+        return json.loads(storage.read(url))
 
 
-def files(url):
-    """The names of all files under any fsspec URL, relative to it, sorted; none when it is not there."""
-    with _place(url) as (filesystem, path):
-        filesystem.invalidate_cache()
-        path = path.rstrip("/")  # gcsfs leaves it
-        return sorted(name[len(path) + 1:] for name in filesystem.find(path))
-
-
-def found(url, endings):
-    """The URLs of the files with one of these endings at a fsspec URL: the file itself, or a folder's, sorted.
-
-    Raises storage.NotFound when there are none.
-    """
-    with _place(url) as (filesystem, path):
-        filesystem.invalidate_cache()
-        names = [path] if filesystem.isfile(path) else sorted(filesystem.find(path))
-        urls = [filesystem.unstrip_protocol(name) for name in names if name.endswith(tuple(endings))]
-    if not urls:
-        raise NotFound(f"There is no {' or '.join(endings)} file at {url}: check the name.")
-    return urls
-
-
-def lines(url):
-    """The lines of a text file (UTF-8, also .gz) at any fsspec URL, one after the other as they arrive."""
-    with _place(url), fsspec.open(url, "rt", encoding="utf-8", errors="replace", compression="infer") as file:
-        yield from file
-
-
-def packed(tensors, metadata=None):
+def to_safetensors(tensors, metadata=None):
     """{name: tensor}, and {name: text}, as the bytes of a safetensors file."""
     own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     return safetensors.torch.save(own, metadata)  # which takes no tensors that share memory
-
-
-def remove(url):
-    """Remove the file at any fsspec URL; of several processes the first one alone does."""
-    if not _first():
-        return
-    with _place(url) as (filesystem, path):
-        filesystem.rm_file(path)
 
 
 def save_model(model, url, **config):
@@ -139,13 +57,13 @@ def save_model(model, url, **config):
     never half of each. Returns the names of the two objects.
     """
     url = str(url).rstrip("/")
-    weights = packed(model if isinstance(model, Mapping) else model.state_dict())
+    weights = to_safetensors(model if isinstance(model, Mapping) else model.state_dict())
     name = f"model-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
-    write(f"{url}/{name}", weights)
-    write(f"{url}/model.json", json.dumps({"weights": name, **config}, indent=1).encode())
-    for other in files(url):
+    storage.write(f"{url}/{name}", weights)
+    storage.write(f"{url}/model.json", json.dumps({"weights": name, **config}, indent=1).encode())
+    for other in storage.list_files(url):
         if re.fullmatch(r"model-\w+\.safetensors", other) and other != name:
-            remove(f"{url}/{other}")
+            storage.remove(f"{url}/{other}")
     return [name, "model.json"]
 
 
@@ -154,7 +72,7 @@ def load_model(url):
     url = str(url).rstrip("/")
     config = _load(f"{url}/model.json")
     name = config.pop("weights")
-    weights = read(f"{url}/{name}")
+    weights = storage.read(f"{url}/{name}")
     if hashlib.sha256(weights).hexdigest()[:16] not in name:
         raise StorageError(f"{url}/{name} is damaged (its checksum differs): save the model again.")
     return safetensors.torch.load(weights), config
@@ -194,19 +112,19 @@ class Run:
     """
 
     def __init__(self, url, **hyperparameters):
-        url, names = str(url).rstrip("/"), files(url)
+        url, names = str(url).rstrip("/"), storage.list_files(url)
         data = json.dumps(hyperparameters, indent=1).encode()
         runs = [name.split("/")[0] for name in names if name.endswith("/hyperparameters.json") and name.count("/") == 1]
         cut_off = [run for run in runs if f"{run}/manifest.json" not in names
                    and _load(f"{url}/{run}/hyperparameters.json") == json.loads(data)]
         self.started = datetime.now(timezone.utc)
-        self.url = _agreed(f"{url}/{cut_off[-1] if cut_off else self.started.strftime('%Y-%m-%dT%H-%M-%S.%f')}")
+        self.url = broadcast(f"{url}/{cut_off[-1] if cut_off else self.started.strftime('%Y-%m-%dT%H-%M-%S.%f')}")
         self._write("hyperparameters.json", data)
         self._write("environment.json", json.dumps(_environment(), indent=1).encode())
         self._write("code.py", _code())
 
     def _write(self, name, data):
-        write(f"{self.url}/{name}", data)
+        storage.write(f"{self.url}/{name}", data)
 
     def save_history(self, history, name="history"):
         """Rows ({column: value}) to {name}.csv."""
@@ -227,16 +145,16 @@ class Run:
         save_model(model, f"{self.url}/model", **config)
 
     def save_predictions(self, outputs, targets):
-        """Two tensors or arrays to predictions.safetensors; `safetensors.torch.load(read(…))` brings them back."""
+        """Two tensors or arrays to predictions.safetensors; `safetensors.torch.load(storage.read(…))` brings them back."""
         tensors = {"outputs": torch.as_tensor(outputs), "targets": torch.as_tensor(targets)}
-        self._write("predictions.safetensors", packed(tensors))
+        self._write("predictions.safetensors", to_safetensors(tensors))
 
     def finish(self, results):
         """Results to metrics.json, then the manifest, the list of all files: from here on the run is whole."""
         self._write("code.py", _code())
         self._write("metrics.json", json.dumps(results, indent=1).encode())
         times = {"started": self.started.isoformat(), "finished": datetime.now(timezone.utc).isoformat()}
-        self._write("manifest.json", json.dumps({**times, "files": files(self.url)}, indent=1).encode())
+        self._write("manifest.json", json.dumps({**times, "files": storage.list_files(self.url)}, indent=1).encode())
 
 
 def smaller_is_better(metric):
@@ -249,7 +167,7 @@ def compare(url, metric=None):
 
     The best run is that of the best `metric`, by default the first number among the newest results.
     """
-    url, names = str(url).rstrip("/"), set(files(url))
+    url, names = str(url).rstrip("/"), set(storage.list_files(url))
     runs = [name.rpartition("/")[0] for name in names if name.endswith("/hyperparameters.json")]
     runs.sort(key=lambda run: (run.rpartition("/")[2], run), reverse=True)
     finished = [run for run in runs if f"{run}/manifest.json" in names]

@@ -3,14 +3,11 @@
 import copy
 import functools
 import hashlib
-import io
 import itertools
 import json
 import multiprocessing
 import os
-import random
 import shutil
-import tarfile
 import uuid
 import warnings
 import zlib
@@ -31,10 +28,9 @@ import obstore
 import torch
 from botocore.exceptions import HTTPClientError
 from obstore.exceptions import GenericError
-from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from helpers import experiment, storage
+from helpers import storage
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")  # as ImageFolder
 THREADS = 64  # requests in flight: hides 40 ms each
@@ -102,7 +98,7 @@ class S3ImageFolder(Dataset):
         self.cache = (str(Path(cache_dir).expanduser().absolute()), cache_bytes, self.root) if cache_dir else None
         files = storage.objects(self.root)
         self.shards, files = _members(self.root) if {INDEX, "shard-000000.tar"} <= files.keys() else (None, files)
-        images = _images(files)
+        images = image_names(files)
         self.ignored = len(files) - len(images)
         self.classes = sorted({name.split("/")[0] for name in images})
         if not images:
@@ -259,7 +255,7 @@ class S3ImageFolder(Dataset):
         return found
 
 
-def _images(files):
+def image_names(files):
     """The names of images in class folders, in ImageFolder's order: a folder's files, then its folders'."""
     names = [name for name in files if "/" in name and name.lower().endswith(EXTENSIONS)]
     return sorted(names, key=lambda name: (name.split("/")[0], *name.rpartition("/")))
@@ -281,14 +277,14 @@ if hasattr(os, "register_at_fork"):
 def fetch(url):
     """The bytes of one object. Faults of the server are retried; raises StorageError when it cannot be read."""
     bucket, key = storage.parse(url)
-    with storage.explained(url):
+    with storage.translate_errors(url):
         return bytes(obstore.get(storage.store(bucket), key).bytes())  # obstore's own bytes lack most methods
 
 
 def _part(url, start, end):
     """Bytes start to end of an object."""
     bucket, key = storage.parse(url)
-    with storage.explained(url):
+    with storage.translate_errors(url):
         if bucket not in _whole:
             try:
                 return obstore.get_range(storage.store(bucket), key, start=start, end=end)
@@ -363,103 +359,6 @@ class _Batch(list):
 
 
 # -------------------------------------------------------------------------------------------------------- shards
-
-def pack(url, packed_url=None, shard_bytes=64 * 2**20, seed=0):
-    """Write the images of class folders as tar shards with an index, which `S3ImageFolder` reads like the folders.
-
-    A shard is a tar in WebDataset's layout: 00000042.jpg and 00000042.cls, its class index, for each image, in an order
-    shuffled by seed. The index has, for each, its shard, offset, size and CRC-32. What comes in and what goes out is
-    compared with the server's checksum. Shards are written several at once; what was cut off is completed.
-
-    Returns packed_url, by default `url`-packed. Raises StorageError when something else is there already.
-    """
-    url, packed_url = str(url).rstrip("/"), str(packed_url or f"{str(url).rstrip('/')}-packed").rstrip("/")
-    source = storage.objects(url)
-    names = _images(source)
-    if not names:
-        raise storage.StorageError(f"There are no class folders with images under {url}: check the name.")
-    classes = sorted({name.split("/")[0] for name in names})
-    random.Random(seed).shuffle(names)
-    shards, room = [], 0
-    for name in names:
-        size = 3 * 512 + -(-source[name]["size"] // 512) * 512  # two headers, and contents filled up to blocks
-        if size > room:
-            shards.append([])
-            room = shard_bytes - 1024  # which end a tar
-        shards[-1].append(name)
-        room -= size
-    content = "".join(f"{name} {source[name]['e_tag']} {source[name]['size']}\n" for name in names)
-    plan = {"images": hashlib.sha256(content.encode()).hexdigest(), "shard_bytes": shard_bytes, "seed": seed}
-    there, first = storage.objects(packed_url), list(itertools.accumulate(map(len, shards), initial=0))
-    if INDEX in there:
-        _same(json.loads(fetch(f"{packed_url}/{INDEX}")), plan, packed_url)
-        if any(name.startswith("index/") for name in there):  # it was killed at the very end
-            storage.delete(f"{packed_url}/index")
-        return packed_url
-
-    def write(number):
-        shard, piece = f"shard-{number:06}.tar", f"index/{number:06}.json"
-        if piece in there and shard in there:
-            rows = _same(json.loads(fetch(f"{packed_url}/{piece}")), plan, packed_url)["samples"]
-        else:
-            members = _threads("fetch", THREADS).map(lambda name: _verified(f"{url}/{name}", source[name]), shards[number])
-            rows, tar = [], io.BytesIO()
-            with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-                for i, (name, data) in enumerate(zip(shards[number], members), first[number]):
-                    rows.append([name, number, tar.tell() + 512, len(data), zlib.crc32(data)])
-                    label = str(classes.index(name.split("/")[0])).encode()
-                    for ending, content in ((next(filter(name.lower().endswith, EXTENSIONS)), data), (".cls", label)):
-                        member = tarfile.TarInfo(f"{i:08}{ending}")
-                        member.size = len(content)
-                        archive.addfile(member, io.BytesIO(content))
-            _put(f"{packed_url}/{shard}", tar.getvalue())
-            _put(f"{packed_url}/{piece}", json.dumps({**plan, "samples": rows}).encode())
-        bar.update(len(rows))
-        return rows
-
-    with storage.progress(len(names), f"packing {url}", "image") as bar, ThreadPoolExecutor(SHARDS) as pool:
-        try:
-            rows = list(itertools.chain.from_iterable(pool.map(write, range(len(shards)))))
-        finally:
-            pool.shutdown(cancel_futures=True)
-    written = [f"shard-{number:06}.tar" for number in range(len(shards))]
-    _put(f"{packed_url}/{INDEX}", json.dumps({**plan, "classes": classes, "shards": written, "samples": rows}).encode())
-    storage.delete(f"{packed_url}/index")
-    return packed_url
-
-
-def _same(record, plan, url):
-    if any(record.get(name) != value for name, value in plan.items()):
-        raise storage.StorageError(f"{url} holds a pack of other images, or with other settings: delete it "
-                                   f"(storage.delete({url!r})), or use another packed_url.")
-    return record
-
-
-def _verified(url, file):
-    """The object's bytes, which have its ETag for their MD5 or, where that is none, come twice the same."""
-    data = fetch(url)
-    e_tag = (file["e_tag"] or "").strip('"')
-    if len(data) != file["size"] or _md5(data) != e_tag and (_is_md5(url, e_tag) or data != fetch(url)):
-        raise storage.StorageError(f"{url} does not come as it was put: its checksum is another. Put it again.")
-    return data
-
-
-def _is_md5(url, e_tag):
-    """Whether an ETag is the contents' MD5: not that of parts, nor of what is encrypted with a key of its owner."""
-    bucket, key = storage.parse(url)
-    with storage.explained(url):
-        head = storage.client().head_object(Bucket=bucket, Key=key)
-    return len(e_tag) == 32 and "SSECustomerAlgorithm" not in head and "kms" not in head.get("ServerSideEncryption", "")
-
-
-def _put(url, data):
-    """Put an object and see to it that it is there as it is here."""
-    bucket, key = storage.parse(url)
-    with storage.explained(url):
-        put = obstore.put(storage.store(bucket), key, data, use_multipart=False)
-        if _md5(data) != (put["e_tag"] or "").strip('"') and fetch(url) != data:
-            raise storage.StorageError(f"{url} is not there as it was put: try again.")
-
 
 def _md5(data):
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
@@ -574,48 +473,3 @@ class _Cache:
 
 
 _cache = functools.cache(_Cache)
-
-# ------------------------------------------------------------------------------------------------------ networks
-
-
-def small_cnn(num_classes, width=32):
-    """Four blocks of convolution, batch norm, ReLU and pooling, then the mean over the plane: any image size from 16.
-
-    (N, 3, H, W) float -> (N, num_classes) logits; 0.25 million weights.
-    """
-    def block(inputs, outputs):
-        convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        return convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)
-
-    widths = [3, width, 2 * width, 4 * width, 4 * width]
-    blocks = [layer for pair in zip(widths, widths[1:]) for layer in block(*pair)]
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(widths[-1], num_classes)
-    return nn.Sequential(*blocks, *head)
-
-
-def resnet18(num_classes):
-    """torchvision's, untrained."""
-    from torchvision import models  # takes as long to import as PyTorch: only where it is used
-
-    return models.resnet18(num_classes=num_classes)
-
-
-ARCHITECTURES = {"small_cnn": small_cnn, "resnet18": resnet18}
-
-
-def build(architecture, num_classes):
-    """An untrained network by name. Raises ValueError for a name that is not in `ARCHITECTURES`."""
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[architecture](num_classes)
-
-
-def load_model(url):
-    """A saved network, ready to predict, and what was saved with it (architecture, classes, image_size, mean, std)."""
-    try:
-        weights, config = experiment.load_model(url)
-    except storage.NotFound as error:
-        raise storage.NotFound(f"{error} Train a model first, with notebook 02 (make run NOTEBOOKS=02).") from None
-    model = build(config["architecture"], len(config["classes"]))
-    model.load_state_dict(weights)
-    return model.eval(), config

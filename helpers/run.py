@@ -9,6 +9,10 @@ next one. Exit code: 0 when all ran, 1 when one failed, 2 for a pick or paramete
 
 import argparse
 import contextlib
+import json
+import signal
+import tempfile
+import threading
 import functools
 import importlib.metadata
 import logging
@@ -60,7 +64,7 @@ class OwnKernel(AsyncKernelManager):
         return KernelSpecManager(kernel_dirs=[])  # with nowhere to search, ipykernel's own spec is left: sys.executable
 
 
-def run(notebooks: Sequence[Path], parameters: dict, output: Path) -> list[Outcome]:
+def run_notebooks(notebooks: Sequence[Path], parameters: dict, output: Path) -> list[Outcome]:
     """Execute the notebooks one after the other into the folder `output`, where index.html tells how they went."""
     passed = select_parameters(notebooks, parameters)
     storage.connect()  # once: the kernels inherit the environment, so all notebooks see the same S3
@@ -102,7 +106,7 @@ def execute(outcome: Outcome, parameters: dict, output: Path) -> None:
         print(f"{notebook.stem} ...", flush=True)
     error = None
     try:
-        papermilled(notebook, target, parameters)
+        run_papermill(notebook, target, parameters)
         outcome.status = "ok"
     except Exception as exception:  # an error in a cell, a dead kernel, a file that is no notebook
         outcome.status, error = "FAILED", exception
@@ -118,7 +122,7 @@ def execute(outcome: Outcome, parameters: dict, output: Path) -> None:
         sys.stdout.flush()
 
 
-def papermilled(notebook: Path | str, target: Path | str | None, parameters: dict, bar: bool = True) -> None:
+def run_papermill(notebook: Path | str, target: Path | str | None, parameters: dict, bar: bool = True) -> None:
     """Execute a notebook in a kernel of this Python, with a bar in a terminal. `target` None: it is not kept."""
     papermill.execute_notebook(
         notebook,
@@ -144,7 +148,7 @@ def publish(outcome: Outcome, target: Path, error: BaseException | None) -> None
             outcome.error, outcome.source = describe(error, executed)
         outcome.title, outcome.figures = title(executed), figures(executed)
         with contextlib.suppress(ValueError):  # one that shows no results is fine here
-            outcome.results = results(executed)
+            outcome.results = read_results(executed)
         resources = {"metadata": {"name": target.stem, "path": str(outcome.notebook.parent)}}
         page.write_text(exporter().from_notebook_node(executed, resources)[0], encoding="utf-8")
         leaked |= scrub(page)
@@ -184,7 +188,7 @@ def scrub(path: Path) -> set[str]:
     return leaked
 
 
-def results(notebook: NotebookNode | Path | str) -> dict:
+def read_results(notebook: NotebookNode | Path | str) -> dict:
     """The `results` of an executed notebook: what its last code cell with JSON output showed."""
     executed = notebook if isinstance(notebook, NotebookNode) else nbformat.read(notebook, as_version=4)
     shown = [data["application/json"] for data in outputs(executed) if "application/json" in data]
@@ -274,6 +278,90 @@ def readable(value) -> str:
     return str(value)
 
 
+class RunError(Exception):
+    """One sentence that says what is wrong, and the way out."""
+
+
+def run_on_processes(notebook, parameters=None, processes=None, output=None, nodes=1, node_rank=0, rendezvous=None):
+    """Execute a notebook on several processes by torchrun; returns its results (on the first node).
+
+    Each process executes all of it, in a kernel of its own; TrainLoop divides the batches among them, and only the
+    first one writes (see storage.write): its executed notebook goes to `output`, anywhere papermill can write.
+    processes: on this machine; by default one for each GPU, or one. On several machines the same is started on each,
+    with its node_rank, the rendezvous (host:port of the first) and an S3 that all of them reach.
+    Raises RunError with the error of the process that failed first, and ValueError for an unknown parameter.
+    """
+    import torch  # here: the processes, which each start with this module, do without
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if (nodes > 1) != bool(rendezvous) or not 0 <= node_rank < nodes:
+        raise RunError("Several nodes take --nodes N, --rendezvous HOST:PORT of the first, and --node-rank below N.")
+    if processes is not None and processes < 1:
+        raise RunError(f"--processes is 1 or more, not {processes}.")
+    select_parameters([notebook], parameters or {})
+    processes = processes or torch.cuda.device_count() or 1
+    output = str(output or Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}", Path(str(notebook)).name))
+    if "://" not in output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+    storage.connect()  # once: the kernels inherit the environment
+    cores = getattr(os, "process_cpu_count", os.cpu_count)()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    host, _, port = (rendezvous or "").rpartition(":")
+    place = ["--standalone"] if nodes == 1 else [
+        f"--nnodes={nodes}", f"--node-rank={node_rank}", f"--master-addr={host}", f"--master-port={port}"]
+    logging.disable()  # what went wrong is said here
+    with tempfile.TemporaryDirectory() as errors:
+        job = json.dumps({"notebook": str(notebook), "output": output, "parameters": parameters or {}, "errors": errors})
+        command = [*place, f"--nproc-per-node={processes}", "-m", "helpers.run", "process", job]
+        try:
+            torchrun.run(torchrun.parse_args(command))
+        except ChildFailedError as error:
+            said = [path.read_text() for path in sorted(Path(errors).iterdir())]  # the first comes first, but the others
+            said.sort(key=lambda text: "closed by peer" in text)  # may notice before it is down
+            rank, failure = error.get_first_failure()
+            raise RunError(said[0] if said else f"process {rank}: ended by itself, exit code {failure.exitcode} "
+                             "(-9: killed, often for lack of memory)") from None
+        except SignalException:
+            raise KeyboardInterrupt from None
+        finally:
+            logging.disable(logging.NOTSET)
+            if not node_rank:
+                with contextlib.suppress(storage.StorageError):  # there is none yet
+                    text, leaked = storage.redact(storage.read(output).decode())
+                    if leaked:
+                        storage.write(output, text.encode())
+    if not node_rank:
+        print(f"Executed notebook: {output}")
+        with contextlib.suppress(ValueError):  # it shows none
+            return read_results(nbformat.reads(text, as_version=4))
+    return {}
+
+
+def run_process(notebook, output, parameters, errors):
+    """What torchrun starts: one of the processes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(143))  # an exception: papermill then ends its kernel
+    logging.disable()
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    rank = int(os.environ["RANK"])
+    try:
+        run_papermill(notebook, None if rank else output, parameters, bar=not rank)
+    except Exception as error:
+        place = f"In [{error.exec_count}]: " if hasattr(error, "exec_count") else ""
+        Path(errors, str(time.time_ns())).write_text(f"process {rank}: {place}{describe(error)[0]}")
+        sys.exit(1)
+
+
+def end_with_parent(parent):
+    """End this process when torchrun has gone without a word."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def pick(picks: Sequence[str]) -> list[Path]:
     """The notebooks meant by numbers, names or paths; all of notebooks/ when nothing is picked."""
     known = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -309,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-p", nargs=2, action="append", default=[], dest="parameters", metavar=("NAME", "VALUE"),
                         help="a parameter, for each of these notebooks that has it")
     arguments = parser.parse_intermixed_args(argv)
-    for chatty in ("papermill", "traitlets"):  # what they would log, run() prints
+    for chatty in ("papermill", "traitlets"):  # what they would log, run_notebooks() prints
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     output = Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     try:
@@ -319,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        outcomes = run(notebooks, parameters, output)
+        outcomes = run_notebooks(notebooks, parameters, output)
     except storage.StorageError as error:
         parser.exit(1, f"{error}\n")
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from shutil import which
@@ -31,6 +31,7 @@ import botocore.config
 import fsspec
 import obstore
 from botocore.exceptions import BotoCoreError, ClientError
+from fsspec.implementations.local import LocalFileSystem
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import BaseError as ObstoreError
 from obstore.exceptions import GenericError
@@ -84,7 +85,7 @@ def connect():
         client.cache_clear()
     if endpoint.startswith("http://"):
         os.environ.setdefault("AWS_ALLOW_HTTP", "true")  # what obstore and other Rust clients ask for
-    with explained("connecting"):
+    with translate_errors("connecting"):
         quick = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 5})
         try:
             boto3.client("s3", config=quick).list_buckets()
@@ -179,7 +180,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def explained(url):
+def translate_errors(url):
     """Turn what boto3, obstore and s3fs raise within into a StorageError of one sentence about `url`."""
     try:
         yield
@@ -248,7 +249,7 @@ def progress(total, description, unit="B"):
 
 def buckets():
     """Names of the buckets of this key."""
-    with explained(client().meta.endpoint_url):
+    with translate_errors(client().meta.endpoint_url):
         return [bucket["Name"] for bucket in client().list_buckets()["Buckets"]]
 
 
@@ -257,7 +258,7 @@ def create_bucket(name):
     region, endpoint = client().meta.region_name, client().meta.endpoint_url
     elsewhere = endpoint.endswith(".amazonaws.com") and region != "us-east-1"
     location = {"CreateBucketConfiguration": {"LocationConstraint": region}} if elsewhere else {}
-    with explained(f"s3://{name}"):
+    with translate_errors(f"s3://{name}"):
         try:
             client().create_bucket(Bucket=name, **location)
         except client().exceptions.BucketAlreadyOwnedByYou:
@@ -273,7 +274,7 @@ def delete_bucket(name, contents=False):
     if not contents and next(iter(objects(f"s3://{name}")), None):
         raise StorageError(f"The bucket {name!r} is not empty: delete_bucket({name!r}, contents=True) deletes it all.")
     delete(f"s3://{name}")
-    with explained(f"s3://{name}"):
+    with translate_errors(f"s3://{name}"):
         client().delete_bucket(Bucket=name)
 
 
@@ -286,7 +287,7 @@ def objects(url):
     Many are listed folder by folder, 32 at once: a server gives a thousand in one answer, and the next after that.
     """
     bucket, prefix = parse(url)
-    with explained(url), ThreadPoolExecutor(THREADS) as pool:
+    with translate_errors(url), ThreadPoolExecutor(THREADS) as pool:
         found, folders = [], [prefix]
         while folders:
             listed = list(pool.map(functools.partial(_listed, bucket), folders))
@@ -307,17 +308,17 @@ def _listed(bucket, folder):
             if limit and len(found) >= limit:
                 return
 
-    _again(functools.partial(some, limit=1000))
+    retry(functools.partial(some, limit=1000))
     if len(found) < 1000:
         return found, []
-    level = _again(functools.partial(obstore.list_with_delimiter, store(bucket), folder or None))
+    level = retry(functools.partial(obstore.list_with_delimiter, store(bucket), folder or None))
     if len(level["common_prefixes"]) <= 1000:
         return level["objects"], level["common_prefixes"]
-    _again(some)  # so many folders would take more requests than their objects
+    retry(some)  # so many folders would take more requests than their objects
     return found, []
 
 
-def _again(call):
+def retry(call):
     """Call, and again up to three times when the connection breaks: obstore repeats neither lists nor deletions."""
     for pause in (0.1, 0.5, 2):
         try:
@@ -333,9 +334,9 @@ def delete(url):
     """Delete an object, or every object under a prefix, a thousand a request, with progress."""
     bucket, key = parse(url)
     paths = [item["path"] for item in objects(url).values()] or ([key] if key else [])
-    with explained(url), progress(len(paths), f"deleting {url}", "object") as bar:
+    with translate_errors(url), progress(len(paths), f"deleting {url}", "object") as bar:
         for batch in (paths[i:i + 1000] for i in range(0, len(paths), 1000)):
-            _again(lambda: obstore.delete(store(bucket), batch))
+            retry(lambda: obstore.delete(store(bucket), batch))
             bar.update(len(batch))
         # What is left are the empty objects that stand for folders: obstore lists them without the slash at their end.
         for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/" if key else ""):
@@ -353,17 +354,17 @@ def upload(source, url):
         raise StorageError(f"There is no {source}: check the path.")
     files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
     root = source if source.is_dir() else source.parent
-    return _put_all([(path.relative_to(root).as_posix(), path.stat().st_size, functools.partial(open, path, "rb"))
+    return put_all([(path.relative_to(root).as_posix(), path.stat().st_size, functools.partial(open, path, "rb"))
                      for path in files], url, f"uploading {source.name}")
 
 
-def _put_all(items, url, description):
+def put_all(items, url, description):
     """Put [(name, size, open)] under a prefix, skipping what is there with the same content (by size and ETag)."""
     bucket, prefix = parse(url)
     there, counts = objects(url), Counter(uploaded=0, skipped=0)
 
     def put(name, size, open_source):
-        with explained(f"{url}/{name}"):
+        with translate_errors(f"{url}/{name}"):
             old = there.get(name)
             if old and old["size"] == size and (old["e_tag"] or "").strip('"') in etags(open_source):
                 return "skipped", size
@@ -400,76 +401,6 @@ def _put_all(items, url, description):
     return dict(counts)
 
 
-def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
-    """Put the files of a zip of class folders into a bucket, streamed: nothing is unpacked to disk, memory stays small.
-
-    archive: path or any fsspec URL, s3:// included. Class folders at the zip's root or under one top folder go to
-    `url`/raw/{class}/…; with train/, val/ and test/ above them they go to `url`/{train,val,test}/{class}/….
-    Returns {"layout": "classes" | "split", "uploaded": n, "skipped": n (there already), "ignored": n}.
-    Raises StorageError, before anything is put, for what is not a zip, encrypted members, names that leave the folder,
-    and more than `max_bytes` in all or `max_ratio` times its compressed size in one member (a zip bomb).
-    """
-    with explained(archive):
-        filesystem, path = fsspec.url_to_fs(str(archive))
-        file = filesystem.open(path, "rb", block_size=PART // 2, cache_type="blockcache",
-                               cache_options={"maxblocks": 8})
-    with file:
-        try:
-            zipped = zipfile.ZipFile(file)
-        except zipfile.BadZipFile:
-            raise StorageError(f"{archive} is not a zip file, or it is cut off: download or make it again.") from None
-        names, ignored = {}, Counter()
-        for info in zipped.infolist():
-            name = info.filename.replace("\\", "/")
-            parts = [part for part in name.split("/") if part not in ("", ".")]
-            if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in parts:
-                raise StorageError(f"{archive}: the member {name!r} would leave the folder: refused.")
-            if info.flag_bits & 1:
-                raise StorageError(f"{archive}: the member {name!r} is encrypted: zip it again without a password.")
-            if info.file_size > max(max_ratio * info.compress_size, 2**20):
-                raise StorageError(f"{archive}: the member {name!r} unpacks to over {max_ratio} times its size: "
-                                   "refused as a zip bomb (raise max_ratio if you trust it).")
-            if name.endswith("/"):
-                ignored["folders"] += 1
-            elif "__MACOSX" in parts or any(part.startswith(".") or part == "Icon\r" for part in parts):
-                ignored["hidden files"] += 1
-            elif re.search(r"[\x00-\x1f\x7f]", name):
-                raise StorageError(f"{archive}: the member {name!r} has control characters in its name: rename it.")
-            elif names.setdefault(tuple(parts), info) is not info:
-                raise StorageError(f"{archive}: the member {name!r} is in it twice: refused.")
-        if (total := sum(info.file_size for info in names.values())) > max_bytes:
-            raise StorageError(f"{archive} unpacks to {total:,} bytes, over {max_bytes:,}: refused as a zip bomb "
-                               "(raise max_bytes if you trust it).")
-        layout, named = _layout(archive, names)
-        ignored["files outside class folders"] = len(names) - len(named)
-        print(f"{Path(archive).name}: {layout}; {len(named):,} files, ignored: "
-              + (", ".join(f"{count} {what}" for what, count in ignored.items() if count) or "nothing"))
-        split_already = layout.startswith("split")
-        counts = _put_all([("/".join(parts if split_already else ("raw", *parts)), info.file_size,
-                            functools.partial(zipped.open, info)) for parts, info in named.items()],
-                          url, f"unzipping {Path(archive).name}")
-    return {"layout": "split" if split_already else "classes", **counts, "ignored": ignored.total()}
-
-
-def _layout(archive, names):
-    """How the zip is laid out, in words, and its members {(class, …, file) or (split, class, …, file): info}."""
-    words, tops = "class folders at the root", {parts[0] for parts in names if len(parts) > 1}
-    if len(tops) == 1 and any(len(parts) > 2 for parts in names):
-        words = f"class folders under {next(iter(tops))}/"
-        names = {parts[1:]: info for parts, info in names.items() if parts[0] in tops}
-        tops = {parts[0] for parts in names if len(parts) > 1}
-    alias = {**dict(zip(SPLITS, SPLITS)), "valid": "val", "validation": "val"}
-    if len(tops & alias.keys()) > 1:
-        names = {(alias[parts[0]], *parts[1:]): info for parts, info in names.items() if parts[0] in alias}
-        if missing := sorted(set(SPLITS) - {parts[0] for parts in names}):
-            raise StorageError(f"{archive} is split already but has no {' and no '.join(missing)} folder: add it, or "
-                               "put all class folders at the zip's root to have them split here.")
-        return "split already, into train/, val/ and test/", {parts: i for parts, i in names.items() if len(parts) > 2}
-    if not tops:
-        raise StorageError(f"{archive} holds no class folders: put the images of each class into a folder of its own.")
-    return words, {parts: info for parts, info in names.items() if len(parts) > 1}
-
-
 def split(url, ratios=(0.7, 0.15, 0.15), seed=0):
     """Copy the class folders of `url`/raw to `url`/train, /val and /test, each class in these ratios, shuffled by seed.
 
@@ -482,7 +413,7 @@ def split(url, ratios=(0.7, 0.15, 0.15), seed=0):
     bucket, prefix = parse(url)
     raw = {name: item for name, item in objects(f"{url}/raw").items() if "/" in name}
     if not raw:
-        raise StorageError(f"There is nothing to split at {url}/raw: put class folders there (storage.unzip does).")
+        raise StorageError(f"There is nothing to split at {url}/raw: put class folders there (zips.unzip does).")
     plan = {}
     for label in sorted({name.split("/")[0] for name in raw}):
         names = sorted((name for name in raw if name.split("/")[0] == label),
@@ -496,7 +427,7 @@ def split(url, ratios=(0.7, 0.15, 0.15), seed=0):
     record = {"ratios": list(ratios), "seed": seed, "images": hashlib.sha256(content.encode()).hexdigest()}
     everything = objects(url)
     there = {name: item for name, item in everything.items() if name.split("/")[0] in SPLITS}
-    with explained(url):  # the record comes first, so that what was cut off is not taken for another split
+    with translate_errors(url):  # the record comes first, so that what was cut off is not taken for another split
         before = record
         if "split.json" in everything:
             before = json.loads(bytes(obstore.get(store(bucket), f"{prefix}/split.json".lstrip("/")).bytes()))
@@ -512,7 +443,7 @@ def split(url, ratios=(0.7, 0.15, 0.15), seed=0):
 
     def copy(name):
         source, target = plan[name]["path"], f"{prefix}/{name}".lstrip("/")
-        with explained(f"{url}/{name}"):
+        with translate_errors(f"{url}/{name}"):
             if can_copy.is_set():
                 try:
                     return client().copy_object(Bucket=bucket, Key=target, CopySource={"Bucket": bucket, "Key": source})
@@ -530,3 +461,86 @@ def split(url, ratios=(0.7, 0.15, 0.15), seed=0):
     if not can_copy.is_set():
         print(f"{client().meta.endpoint_url} has no CopyObject: the objects were read and written instead.")
     return {part: sum(name.startswith(f"{part}/") for name in plan) for part in SPLITS}
+
+
+# ----------------------------------------------------------------------------------------------- files at any fsspec URL
+
+
+@contextmanager
+def open_place(url):
+    """The file system and path of any fsspec URL; what goes wrong within is a StorageError that names the URL."""
+    google = str(url).startswith(("gs://", "gcs://"))
+    try:
+        with nullcontext() if google else translate_errors(url):
+            yield fsspec.url_to_fs(str(url))
+    except ImportError as error:  # "Please install gcsfs to access Google Storage"
+        raise StorageError(f"{url}: {error}.") from None
+    except Exception as error:  # gcsfs lets through what aiohttp and google.auth raise
+        if not google or isinstance(error, (StorageError, TypeError)):
+            raise
+        said, kind = " ".join(str(error).split()), NotFound if isinstance(error, FileNotFoundError) else StorageError
+        raise kind(f"{url}: {type(error).__name__}: {said}: check the name, and your login "
+                   "(gcloud auth application-default login).") from None
+
+
+def write(url, data):
+    """Write bytes to any fsspec URL, whole or not at all. Of several processes (torchrun), the first one alone does."""
+    if not is_first_process():
+        return
+    with open_place(url) as (filesystem, path):
+        if not isinstance(filesystem, LocalFileSystem):  # an object is there when all of it is
+            filesystem.pipe_file(path, data)
+            return
+        partial = Path(f"{path}.{secrets.token_hex(4)}.part")  # beside it: a rename is at once only there
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read(url):
+    """The bytes at any fsspec URL. Raises storage.NotFound when there are none."""
+    with open_place(url) as (filesystem, path):
+        return filesystem.cat_file(path)
+
+
+def list_files(url):
+    """The names of all files under any fsspec URL, relative to it, sorted; none when it is not there."""
+    with open_place(url) as (filesystem, path):
+        filesystem.invalidate_cache()
+        path = path.rstrip("/")  # gcsfs leaves it
+        return sorted(name[len(path) + 1:] for name in filesystem.find(path))
+
+
+def find_files(url, endings):
+    """The URLs of the files with one of these endings at a fsspec URL: the file itself, or a folder's, sorted.
+
+    Raises storage.NotFound when there are none.
+    """
+    with open_place(url) as (filesystem, path):
+        filesystem.invalidate_cache()
+        names = [path] if filesystem.isfile(path) else sorted(filesystem.find(path))
+        urls = [filesystem.unstrip_protocol(name) for name in names if name.endswith(tuple(endings))]
+    if not urls:
+        raise NotFound(f"There is no {' or '.join(endings)} file at {url}: check the name.")
+    return urls
+
+
+def read_lines(url):
+    """The lines of a text file (UTF-8, also .gz) at any fsspec URL, one after the other as they arrive."""
+    with open_place(url), fsspec.open(url, "rt", encoding="utf-8", errors="replace", compression="infer") as file:
+        yield from file
+
+
+def remove(url):
+    """Remove the file at any fsspec URL; of several processes the first one alone does."""
+    if not is_first_process():
+        return
+    with open_place(url) as (filesystem, path):
+        filesystem.rm_file(path)
+
+
+def is_first_process():
+    return os.environ.get("RANK", "0") == "0"

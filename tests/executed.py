@@ -13,6 +13,6 @@ BY_NUMBER = {path.name[:2]: path for path in NOTEBOOKS}
 def execute(numbers, output, **parameters):
     """Run notebooks by number; returns their results. Fails with the first error."""
     notebooks = [BY_NUMBER[number] for number in numbers.split()]
-    outcomes = run.run(notebooks, parameters, Path(output) / secrets.token_hex(4))
+    outcomes = run.run_notebooks(notebooks, parameters, Path(output) / secrets.token_hex(4))
     assert not [outcome.error for outcome in outcomes if outcome.status != "ok"]
     return {name: value for outcome in outcomes for name, value in outcome.results.items()}

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import (BartConfig, BartForConditionalGeneration, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel,
                           LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast)
 
-from helpers import attention, convert, experiment, storage
+from helpers import experiment, storage
+from helpers.chapters import attention, convert
 from helpers.training import TrainLoop
 from servers.embedded import connected
 
@@ -462,21 +463,21 @@ def test_heatmaps_of_every_text_in_the_runs_folder(where, tmp_path, embedded_env
         run = experiment.Run(f"{tmp_path}/runs" if where == "local" else "s3://heatmaps/runs")
         model, loop = trained(f"{run.url}/attention")
         names = [f"epoch_{epoch:03}/{i:05}.png" for epoch in (1, 2) for i in range(len(TEXTS))]
-        assert experiment.files(f"{run.url}/attention") == names
+        assert storage.list_files(f"{run.url}/attention") == names
         examples = attention.collect(model, word_tokenizer(), TEXTS)
         assert "5/5" in capsys.readouterr().out  # progress
         for i, example in enumerate(examples):  # each picture is of its text
-            pixels = np.asarray(Image.open(io.BytesIO(experiment.read(f"{run.url}/attention/epoch_002/{i:05}.png"))))
+            pixels = np.asarray(Image.open(io.BytesIO(storage.read(f"{run.url}/attention/epoch_002/{i:05}.png"))))
             figure = attention.heatmap(example, attention.mean(example))
             assert np.abs(pixels[..., :3].astype(int) - drawn(figure)).max() <= 2
         urls = attention.save(examples, f"{run.url}/after", lambda example: example.weights[0], "pdf")  # after the fact
         assert urls == [f"{run.url}/after/{i:05}.pdf" for i in range(5)]
-        assert all(experiment.read(url).startswith(b"%PDF") for url in urls)
+        assert all(storage.read(url).startswith(b"%PDF") for url in urls)
 
 
 def test_heatmaps_at_the_end_only_and_training_is_the_same_with_them(tmp_path):
     model, loop = trained(tmp_path, every="fit", view=attention.rollout)
-    assert experiment.files(tmp_path) == [f"epoch_002/{i:05}.png" for i in range(5)] and model.training
+    assert storage.list_files(tmp_path) == [f"epoch_002/{i:05}.png" for i in range(5)] and model.training
     other, _ = trained(tmp_path / "other", epochs=2)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters()))
     with pytest.raises(ValueError, match="every is"):

@@ -26,7 +26,8 @@ from servers import free_port
 from servers import postgres as pg
 from servers import telegram as tg
 
-from helpers import bot, storage
+from helpers import storage
+from helpers.chapters import bot
 
 ROOT = Path(__file__).resolve().parent.parent
 OWNER = 77
@@ -143,7 +144,7 @@ def test_fifty_voters_at_once(database):
 
 VOTERS = """
 import itertools, os, sys, threading
-from helpers import bot
+from helpers.chapters import bot
 bot.connect()
 def person(number):
     for joke in itertools.cycle(range(1, 101)):
@@ -393,11 +394,11 @@ def test_human_jokes_answer_the_question_most_like_yours():
 
 @contextlib.contextmanager
 def process(tmp_path, server, *arguments, code=None, ready=True, **env):
-    """A running `python -m helpers.bot` (or, for a source of its own, `code`) in front of the server; its log is `log`.
+    """A running `python -m helpers.chapters.bot` (or, for a source of its own, `code`) in front of the server; its log is `log`.
 
     At the end it is told to stop, and stops in good order; whatever happened, it has not said its token.
     """
-    command = [*(["-c", code] if code else ["-m", "helpers.bot"]), *arguments, "--base-url", server.url]
+    command = [*(["-c", code] if code else ["-m", "helpers.chapters.bot"]), *arguments, "--base-url", server.url]
     inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     env = {**inherited, "TELEGRAM_BOT_TOKEN": tg.TOKEN, "JOKES_DATABASE_URL": f"sqlite:///{tmp_path}/jokes.db", **env}
     with open(tmp_path / "log", "wb") as log:
@@ -596,13 +597,13 @@ def test_two_hundred_users_at_once(chat):
 
 QUICK = """
 import sys
-from helpers import bot
+from helpers.chapters import bot
 bot.sources = lambda urls: {"echo": lambda questions: [(question or "Any?", "Yes.") for question in questions]}
 bot.main(sys.argv[1:])
 """  # without the packages that a model needs
 SLOW = """
 import os, sys, time
-from helpers import bot
+from helpers.chapters import bot
 def slow(questions):
     if None not in questions:
         print("generating", flush=True)
@@ -685,7 +686,7 @@ def test_a_token_that_is_revoked_ends_the_bot(tmp_path):
 
 FAILING = """
 import logging, os, sys
-from helpers import bot
+from helpers.chapters import bot
 def failing(questions):
     raise ValueError(os.environ["TELEGRAM_BOT_TOKEN"])
 bot.sources = lambda urls: {"failing": failing}
@@ -720,7 +721,7 @@ def notebook():
 
 
 def test_a_model_and_people_tell_jokes_side_by_side(tmp_path, sqlite, jokes_csv, one_thread):
-    from helpers import jokes as language  # here: it takes a while
+    from helpers.chapters import jokes as language  # here: it takes a while
 
     model, tokenizer = language.base_model("", [pair for pair in PAIRS for _ in range(20)], 24)
     language.save(model, tokenizer, tmp_path / "model")

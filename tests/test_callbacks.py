@@ -28,8 +28,10 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from helpers import callbacks, experiment, storage, training
-from helpers.callbacks import (Call, Checkpoint, ClipGradients, ConstantPrediction, DryRun, EarlyStopping,
-                               GradientStatistics, LearningRate, Notify, SaveHistory, TensorBoard, TerminateOnNaN)
+from helpers.chapters import recipes
+from helpers.callbacks import Call, Checkpoint, ClipGradients, EarlyStopping, LearningRate, SaveHistory
+from helpers.chapters.recipes import (ConstantPrediction, DryRun, GradientStatistics, Notify, TensorBoard,
+                                      TerminateOnNaN)
 from helpers.training import MOMENTS, CancelFit, TrainLoop
 from servers import free_port
 from servers.embedded import connected
@@ -115,20 +117,20 @@ def plateau(optimizer):
 
 
 def rows_of(run, name):
-    return list(csv.DictReader(io.StringIO(experiment.read(f"{run.url}/{name}.csv").decode())))
+    return list(csv.DictReader(io.StringIO(storage.read(f"{run.url}/{name}.csv").decode())))
 
 
 def picture(run, name):
     """The shape of a PNG of the run, when it is one with something on it."""
-    image = Image.open(io.BytesIO(experiment.read(f"{run.url}/plots/{name}.png")))
+    image = Image.open(io.BytesIO(storage.read(f"{run.url}/plots/{name}.png")))
     assert image.format == "PNG" and len(set(image.convert("L").tobytes())) > 10
     return image.size
 
 
 def checkpoints(url):
     """{steps: state} of all checkpoints at a URL."""
-    names = [name for name in experiment.files(url) if name.startswith("step_")]
-    return {int(name[5:14]): callbacks.unpack(experiment.read(f"{url}/{name}")) for name in names}
+    names = [name for name in storage.list_files(url) if name.startswith("step_")]
+    return {int(name[5:14]): callbacks.state_from_safetensors(storage.read(f"{url}/{name}")) for name in names}
 
 
 @pytest.fixture
@@ -438,14 +440,14 @@ def logged(folder):
 def test_tensorboard_reads_the_history_from_the_log(place, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "REFRESH", -1)
     copied, loop, losses = [], make_loop(), []
-    watching = Call(after_epoch=lambda loop: copied.append(experiment.files(url)), order=LAST,
+    watching = Call(after_epoch=lambda loop: copied.append(storage.list_files(url)), order=LAST,
                     after_step=lambda loop: losses.append(loop.mean_loss))
     with connected(storage.serve(tmp_path / "served")):
         storage.create_bucket("logs")
         url = "s3://logs/tensorboard" if place == "s3" else str(tmp_path / "tensorboard")
         loop.fit(3, [TensorBoard(f"{url}/"), LearningRate("linear"), watching])
-        [name] = experiment.files(url)
-        data = experiment.read(f"{url}/{name}")
+        [name] = storage.list_files(url)
+        data = storage.read(f"{url}/{name}")
     assert copied == [[name]] * 3
     (tmp_path / "read").mkdir()
     (tmp_path / "read" / name).write_bytes(data)

@@ -6,12 +6,10 @@ The machines are moto's, which only keeps what it is told; their script runs her
 import base64
 import contextlib
 import csv
-import gzip
 import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -152,7 +150,7 @@ def same(one, other):
 def test_two_processes_with_half_the_batch_come_to_what_one_comes_to(trained):
     same(trained[1], trained[2])
     assert len(trained[1].history) == 3 and trained[1].history[-1, 1] < 0.9 * trained[1].history[0, 1]
-    assert runner.results(trained[1].executed)["steps"] == runner.results(trained[2].executed)["steps"] == 18
+    assert runner.read_results(trained[1].executed)["steps"] == runner.read_results(trained[2].executed)["steps"] == 18
 
 
 def test_two_processes_leave_one_run_and_one_notebook_that_of_process_0(trained):
@@ -171,7 +169,7 @@ def test_parameters_arrive_and_results_are_printed(trained):
         [injected] = [cell.source for cell in one.executed.cells if "injected-parameters" in cell.metadata.tags]
         assert "note = " in injected and one.config == {"note": "so ein Glück"}
         results = json.loads(one.stdout[one.stdout.index("{\n"):])
-        assert results == runner.results(one.executed) and results["note"] == "so ein Glück"
+        assert results == runner.read_results(one.executed) and results["note"] == "so ein Glück"
         assert "out.ipynb\n" in one.stdout
 
 
@@ -225,7 +223,7 @@ def test_two_hosts_come_to_what_one_process_comes_to(tmp_path, trained, environm
     assert [code for code, _, _ in said] == [0, 0], said
     both = outcome(place, "out.ipynb", *said[0])
     same(both, trained[1])
-    assert "rank 0 of 2" in printed(both.executed) and runner.results(both.executed)["steps"] == 18
+    assert "rank 0 of 2" in printed(both.executed) and runner.read_results(both.executed)["steps"] == 18
     assert "val_loss" in said[0][1] and "val_loss" not in said[1][1]
 
 
@@ -522,7 +520,7 @@ def test_refusal_of_ec2_is_one_sentence(rented, capsys, monkeypatch):
 def test_source_is_what_git_knows_with_its_times(rented, capsys):
     _, instance = submit(rented, capsys)
     [row] = cloud.status(instance)
-    with tarfile.open(fileobj=io.BytesIO(experiment.read(f"{row['job']}/source.tar.gz"))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(storage.read(f"{row['job']}/source.tar.gz"))) as archive:
         packed = {member.name: member for member in archive.getmembers()}
     git = subprocess.run(["git", "ls-files"], cwd=storage.REPOSITORY, capture_output=True, text=True, check=True)
     there = {name for name in git.stdout.splitlines() if (storage.REPOSITORY / name).is_file()}
@@ -530,7 +528,7 @@ def test_source_is_what_git_knows_with_its_times(rented, capsys):
     assert not [name for name in packed if name.split("/")[0] in (".venv", ".git", ".s3", "runs") or "pycache" in name]
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         assert abs(packed[name].mtime - (storage.REPOSITORY / name).stat().st_mtime) < 1
-    sent = nbformat.reads(experiment.read(f"{row['job']}/notebook.ipynb").decode(), as_version=4)
+    sent = nbformat.reads(storage.read(f"{row['job']}/notebook.ipynb").decode(), as_version=4)
     cells = nbformat.read(rented.notebook, as_version=4).cells
     assert {cell.source for cell in cells} <= {cell.source for cell in sent.cells}
 
@@ -540,7 +538,7 @@ def test_status_shows_our_machines_and_how_they_ended(rented, capsys):
     image = rented.image["ImageId"]
     [other] = rented.ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1)["Instances"]
     job = {row["instance"]: row["job"] for row in cloud.status()}
-    experiment.write(f"{job[first]}/status.json", b'{"state": "timed out", "exit_code": 124}')
+    storage.write(f"{job[first]}/status.json", b'{"state": "timed out", "exit_code": 124}')
     assert cloud.main(["status"]) == 0
     rows = {row["instance"]: row for row in json.loads(capsys.readouterr().out.split("\n", 1)[1])}
     assert {first, second} <= rows.keys() and other["InstanceId"] not in rows
@@ -557,7 +555,7 @@ def test_status_shows_our_machines_and_how_they_ended(rented, capsys):
 def test_logs_are_those_in_s3_and_before_that_the_console(rented, capsys):
     _, instance = submit(rented, capsys)
     assert cloud.logs(instance) == rented.ec2.get_console_output(InstanceId=instance)["Output"] != ""
-    experiment.write(f"{cloud.status(instance)[0]['job']}/log.txt", "grüße\nfrom it".encode())
+    storage.write(f"{cloud.status(instance)[0]['job']}/log.txt", "grüße\nfrom it".encode())
     assert cloud.main(["logs", instance]) == 0 and capsys.readouterr().out.endswith("grüße\nfrom it\n")
 
 
@@ -623,7 +621,7 @@ def until(machine, ready, seconds=90):
     deadline = time.monotonic() + seconds
     while machine.process.poll() is None and not ready() and time.monotonic() < deadline:
         with contextlib.suppress(storage.NotFound):
-            log = experiment.read(f"{machine.job}/log.txt").decode()
+            log = storage.read(f"{machine.job}/log.txt").decode()
             machine.log_before = machine.log_before if "exit code" in log else log
         time.sleep(0.5)
 
@@ -631,7 +629,7 @@ def until(machine, ready, seconds=90):
 def look(machine):
     """What is left when the script has ended: here, and in S3."""
     until(machine, lambda: False)
-    machine.hung, read = machine.process.poll() is None, lambda name: experiment.read(f"{machine.job}/{name}").decode()
+    machine.hung, read = machine.process.poll() is None, lambda name: storage.read(f"{machine.job}/{name}").decode()
     time.sleep(1)
     machine.left = [" ".join(one.cmdline()) for one in of_job(machine.job)]
     machine.log, machine.status = read("log.txt"), json.loads(read("status.json"))
@@ -677,7 +675,7 @@ def test_machine_ends_itself_once_and_leaves_nothing(machines, mode):
 def test_machine_keeps_results_notebook_and_log(machines):
     machine = machines["works"]
     assert machine.status == {"state": "succeeded", "exit_code": 0}
-    assert runner.results(machine.executed) == {"text": TEXT}
+    assert runner.read_results(machine.executed) == {"text": TEXT}
     assert "the kernel has begun\n" in printed(machine.executed)
     assert machine.log.startswith("20") and machine.job in machine.log.splitlines()[0]
     assert f"Executed notebook: {machine.job}/output.ipynb\n" in machine.log and "Traceback" not in machine.log

@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from helpers import convert, evaluation, experiment, images, storage
+from helpers import experiment, images, storage
+from helpers.chapters import convert, evaluation
 from helpers.callbacks import Checkpoint, ClipGradients, LearningRate
-from helpers.convert import PADDING, Attention, Batches, ConveRT, Dialogues, Layout, Tokenizer, Tower, collate, preset
-from helpers.training import Callback, CancelFit, TrainLoop
+from helpers.chapters.convert import PADDING, Attention, Batches, ConveRT, Dialogues, Layout, Tokenizer, Tower, collate, preset
+from helpers.training import Callback, TrainLoop
 from servers import free_port
 from servers.embedded import connected
 
@@ -71,7 +72,7 @@ def examples(count, turns=1, seed=0):
 
 
 def write(url, rows):
-    experiment.write(url, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    storage.write(url, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def records(count, first=0):
@@ -281,7 +282,7 @@ def sentencepiece_model(tmp_path):
 def test_tokenizer_from_anywhere_hashes_what_it_does_not_know_and_cuts_long_texts(kind, s3, tmp_path, tokenizer):
     config = preset("tiny", **SMALL)
     if kind != "trained":
-        experiment.write(f"{s3}/{kind}", tokenizer.model if kind == "tokenizers" else sentencepiece_model(tmp_path))
+        storage.write(f"{s3}/{kind}", tokenizer.model if kind == "tokenizers" else sentencepiece_model(tmp_path))
         tokenizer = Tokenizer.load(f"{s3}/{kind}", config)
     known, chinese, russian = tokenizer(["and you?", "and 日本 you?", "and москва you?"])
     assert all(0 < id <= 300 for id in known) and tokenizer(["and you?"])[0] == known
@@ -371,7 +372,7 @@ def test_lines_that_are_no_examples_are_counted(s3):
     bad = ["", "   ", "{not json", "[1, 2]", '{"context": "", "response": "a"}', '{"response": "a"}', '{"context": "a"}',
            '{"context": "a", "response": "  "}', '{"context": "a", "response": 7}', "\udcff".encode("utf-8", "surrogateescape")]
     lines = [*(json.dumps(row).encode() for row in good), *(line if isinstance(line, bytes) else line.encode() for line in bad)]
-    experiment.write(f"{s3}/bad.jsonl", b"\n".join(lines))
+    storage.write(f"{s3}/bad.jsonl", b"\n".join(lines))
     dialogues = Dialogues(f"{s3}/bad.jsonl")
     for _ in range(2):
         assert [example["reply"] for example in dialogues] == ["answer 0", "answer 1", "answer 2"]
@@ -384,8 +385,8 @@ def test_lines_that_are_no_examples_are_counted(s3):
 def test_a_folder_of_files_is_read_whole_gzipped_ones_too(s3, tmp_path):
     write(f"{s3}/folder/a.jsonl", records(5))
     write(f"{s3}/folder/deep/b.json", records(5, 5))
-    experiment.write(f"{s3}/folder/c.jsonl.gz", gzip.compress(json.dumps(records(1, 10)[0]).encode()))
-    experiment.write(f"{s3}/folder/readme.txt", b"not this")
+    storage.write(f"{s3}/folder/c.jsonl.gz", gzip.compress(json.dumps(records(1, 10)[0]).encode()))
+    storage.write(f"{s3}/folder/readme.txt", b"not this")
     assert sorted(int(example["reply"].split()[1]) for example in Dialogues(f"{s3}/folder")) == list(range(11))
     write(tmp_path / "local.jsonl", records(2))
     assert len(list(Dialogues(tmp_path / "local.jsonl"))) == len(list(Dialogues(tmp_path))) == 2

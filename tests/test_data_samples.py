@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from helpers import images
+from helpers.chapters import cnn
 from helpers.training import TrainLoop
 
 FOLDER = Path(__file__).parent.parent / "data_samples"
@@ -91,7 +92,7 @@ def test_the_small_cnn_sees_what_a_linear_classifier_on_the_pixels_cannot(commit
 
     torch.manual_seed(0)
     linear = accuracy(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5)), 1e-4, epochs=8)
-    cnn = accuracy(images.small_cnn(5, width=16), 3e-3, epochs=4)
+    cnn = accuracy(cnn.small_cnn(5, width=16), 3e-3, epochs=4)
     print(f"linear {linear:.2f}, small_cnn {cnn:.2f}")
     assert 0.2 < linear < 0.55 and cnn > 0.7 and cnn > linear + 0.2
 

@@ -20,7 +20,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassCohenKappa
 from torchmetrics.wrappers import LambdaInputTransformer
 
-from helpers import evaluation
+from helpers.chapters import evaluation
 from helpers.training import TrainLoop
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),

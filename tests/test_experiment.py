@@ -101,22 +101,22 @@ def test_a_run_leaves_all_its_files_and_a_manifest_that_lists_them(url):
     run = full_run(url, epochs=2, rate=0.1, sizes=(1, 2), note="é", nothing=None)
     folder, of = run.url.rsplit("/", 1)
     assert folder == url
-    weights, = (name for name in experiment.files(run.url) if name.startswith("model/model-"))
-    listed = json.loads(experiment.read(f"{run.url}/manifest.json"))["files"]
+    weights, = (name for name in storage.list_files(run.url) if name.startswith("model/model-"))
+    listed = json.loads(storage.read(f"{run.url}/manifest.json"))["files"]
     assert listed == ["code.py", "environment.json", "history.csv", "hyperparameters.json", "metrics.json", weights,
                       "model/model.json", "plots/curves.png", "predictions.safetensors"]
-    assert experiment.files(url) == sorted(f"{of}/{name}" for name in [*listed, "manifest.json"])
-    assert json.loads(experiment.read(f"{run.url}/hyperparameters.json")) == {
+    assert storage.list_files(url) == sorted(f"{of}/{name}" for name in [*listed, "manifest.json"])
+    assert json.loads(storage.read(f"{run.url}/hyperparameters.json")) == {
         "epochs": 2, "rate": 0.1, "sizes": [1, 2], "note": "é", "nothing": None}
-    assert json.loads(experiment.read(f"{run.url}/metrics.json")) == {"accuracy": 0.75, "model": "there"}
-    text = experiment.read(f"{run.url}/history.csv").decode()
+    assert json.loads(storage.read(f"{run.url}/metrics.json")) == {"accuracy": 0.75, "model": "there"}
+    text = storage.read(f"{run.url}/history.csv").decode()
     assert list(csv.DictReader(io.StringIO(text, newline=""))) == [
         {"epoch": "1", "loss": "0.5", "größe, neu": ""}, {"epoch": "2", "loss": "0.25", "größe, neu": 'a "b"'}]
-    image = experiment.read(f"{run.url}/plots/curves.png")
+    image = storage.read(f"{run.url}/plots/curves.png")
     assert image.startswith(b"\x89PNG\r\n") and cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR).std() > 0
     loaded, config = experiment.load_model(f"{run.url}/model")
     assert same(loaded, linear(1)) and config == {"classes": ["a", "b", "c"]}
-    predictions = safetensors.torch.load(experiment.read(f"{run.url}/predictions.safetensors"))
+    predictions = safetensors.torch.load(storage.read(f"{run.url}/predictions.safetensors"))
     assert predictions["outputs"].tolist() == [[0, 2, 4], [1, 3, 5]] and predictions["targets"].tolist() == [1, 0]
 
 
@@ -126,7 +126,7 @@ def test_the_manifest_comes_last():
     class Remember(experiment.Run):
         def _write(self, name, data):
             super()._write(name, data)
-            order.append(experiment.files(self.url))
+            order.append(storage.list_files(self.url))
 
     Remember("memory://order").finish({})
     assert "manifest.json" not in order[-2] and "metrics.json" in order[-2] and "manifest.json" in order[-1]
@@ -141,7 +141,7 @@ def test_only_a_cut_off_run_with_the_same_hyperparameters_is_taken_up_again(url)
     again = experiment.Run(f"{url}/", a=1, b=(2, 3))
     assert again.url == first.url
     again.finish({})
-    assert "plots/early.png" in json.loads(experiment.read(f"{again.url}/manifest.json"))["files"]
+    assert "plots/early.png" in json.loads(storage.read(f"{again.url}/manifest.json"))["files"]
     new = experiment.Run(url, a=1, b=(2, 3))
     assert new.url not in (first.url, other.url) and new.url > first.url
 
@@ -155,7 +155,7 @@ def test_runs_of_another_folder_are_left_alone(url):
 
 def test_the_newest_of_several_cut_off_runs_is_taken_up():
     for name in "2025-01-01", "2026-01-01":
-        experiment.write(f"memory://several/{name}/hyperparameters.json", b'{"a": 1}')
+        storage.write(f"memory://several/{name}/hyperparameters.json", b'{"a": 1}')
     assert experiment.Run("memory://several", a=1).url == "memory://several/2026-01-01"
 
 
@@ -166,7 +166,7 @@ def test_times_are_in_the_manifest_in_utc_and_nowhere_else(monkeypatch):
         monkeypatch.setenv("TZ", zone)
         time.tzset()
         run = full_run(f"memory://times/{len(contents)}", a=1)
-        contents.append({name: experiment.read(f"{run.url}/{name}") for name in experiment.files(run.url)})
+        contents.append({name: storage.read(f"{run.url}/{name}") for name in storage.list_files(run.url)})
         manifest = json.loads(contents[-1].pop("manifest.json"))
         started, finished = (datetime.fromisoformat(manifest[name]) for name in ("started", "finished"))
         named = datetime.strptime(f"{run.url.rpartition('/')[2]}+0000", "%Y-%m-%dT%H-%M-%S.%f%z")
@@ -220,7 +220,7 @@ def test_the_environment_names_versions_and_the_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
 
     def environment():
-        return json.loads(experiment.read(f"{experiment.Run('memory://environment', a=1).url}/environment.json"))
+        return json.loads(storage.read(f"{experiment.Run('memory://environment', a=1).url}/environment.json"))
 
     monkeypatch.chdir(tmp_path)
     found = environment()
@@ -251,10 +251,10 @@ SECRET = {os.environ[SECRET]!r}  # as people do
 print(os.environ)
 Run("s3://experiments/secrets", bucket="another").finish({{}})
 """)
-    names = experiment.files("s3://experiments/secrets")
+    names = storage.list_files("s3://experiments/secrets")
     assert run.url and len(names) == 10 + 5
     for name in names:
-        data = experiment.read(f"s3://experiments/secrets/{name}")
+        data = storage.read(f"s3://experiments/secrets/{name}")
         assert os.environ[SECRET].encode() not in data and os.environ["AWS_ACCESS_KEY_ID"].encode() not in data
         assert not name.endswith("code.py") or b"secrets" not in data or b"'***'  # as people do" in data
 
@@ -270,7 +270,7 @@ def test_a_run_in_a_notebook_keeps_the_cells_that_ran_and_no_output(tmp_path):
     papermill.execute_notebook(notebook, tmp_path / "ran.ipynb", {"rate": 0.5, "url": url}, kernel_name="python3",
                                language="python", kernel_manager_class=OwnKernel, cwd=ROOT, progress_bar=False)
     assert os.environ[SECRET] in (tmp_path / "ran.ipynb").read_text()
-    code, = (experiment.read(f"{url}/{name}").decode() for name in experiment.files(url) if name.endswith("/code.py"))
+    code, = (storage.read(f"{url}/{name}").decode() for name in storage.list_files(url) if name.endswith("/code.py"))
     ast.parse(code)  # magics included
     order = ["# In [1]\nimport os\n", "# In [2]\nrate = 0.1", "rate = 0.5", "experiment.Run(url", "2 * 'größe'",
              "run.finish({'rate': rate})"]
@@ -288,10 +288,10 @@ def test_a_bucket_that_is_not_there_is_a_clear_error():
 
 def past_run(url, name, hyperparameters, metrics=None):
     """A run of that name as `Run` leaves it; without metrics one that was cut off."""
-    experiment.write(f"{url}/{name}/hyperparameters.json", json.dumps(hyperparameters).encode())
+    storage.write(f"{url}/{name}/hyperparameters.json", json.dumps(hyperparameters).encode())
     if metrics is not None:
-        experiment.write(f"{url}/{name}/metrics.json", json.dumps(metrics).encode())
-        experiment.write(f"{url}/{name}/manifest.json", b"{}")
+        storage.write(f"{url}/{name}/metrics.json", json.dumps(metrics).encode())
+        storage.write(f"{url}/{name}/manifest.json", b"{}")
 
 
 @pytest.fixture
@@ -420,7 +420,7 @@ def test_200_runs_over_a_slow_network_are_compared_in_seconds():
 
 
 def test_a_damaged_file_of_a_run_is_a_clear_error(compared):
-    experiment.write(f"{compared}/2026-01-02/metrics.json", b"{no json")
+    storage.write(f"{compared}/2026-01-02/metrics.json", b"{no json")
     with pytest.raises(storage.StorageError, match=f"{compared}/2026-01-02/metrics.json"):
         experiment.compare(compared)
 
@@ -429,7 +429,7 @@ def test_a_damaged_file_of_a_run_is_a_clear_error(compared):
 
 
 def test_what_goes_wrong_at_google_is_a_sentence(google):
-    for call in (lambda: experiment.read("gs://experiments/no/object"),
+    for call in (lambda: storage.read("gs://experiments/no/object"),
                  lambda: experiment.Run("gs://no-such-bucket/runs", a=1)):
         with pytest.raises(storage.NotFound, match="gs://(experiments/no/object|no-such-bucket/runs).*check the name"):
             call()
@@ -438,7 +438,7 @@ def test_what_goes_wrong_at_google_is_a_sentence(google):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(storage.StorageError, match="abfs://container/run.*[Ii]nstall adlfs"):
-        experiment.read("abfs://container/run")
+        storage.read("abfs://container/run")
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -467,7 +467,7 @@ def test_a_model_comes_back_with_every_weight_and_its_config(url):
     names = experiment.save_model(Odd(), url, **config)
     loaded, loaded_config = experiment.load_model(url)
     assert same(loaded, Odd()) and loaded_config == config
-    assert sorted(names) == experiment.files(url)
+    assert sorted(names) == storage.list_files(url)
     target = Odd()
     target.expanded = torch.zeros(3, 7)  # PyTorch copies nothing into the other
     nn.init.zeros_(target.one.weight)
@@ -478,27 +478,27 @@ def test_a_model_comes_back_with_every_weight_and_its_config(url):
 def test_a_slash_at_the_end_makes_no_difference(url):
     experiment.save_model(linear(0), f"{url}/")
     experiment.save_model(linear(1), url)
-    assert same(experiment.load_model(f"{url}/")[0], linear(1)) and len(experiment.files(url)) == 2
+    assert same(experiment.load_model(f"{url}/")[0], linear(1)) and len(storage.list_files(url)) == 2
 
 
 def test_saving_again_leaves_no_old_weights_and_touches_nothing_else(url):
-    experiment.write(f"{url}/notes.txt", b"mine")
-    experiment.write(f"{url}/model-of/model-1.safetensors", b"another's")
-    experiment.write(f"{url}-2/model-1.safetensors", b"another's")
+    storage.write(f"{url}/notes.txt", b"mine")
+    storage.write(f"{url}/model-of/model-1.safetensors", b"another's")
+    storage.write(f"{url}-2/model-1.safetensors", b"another's")
     for seed in 0, 1, 1, 2:
         names = experiment.save_model(linear(seed), url, seed=seed)
-    assert experiment.files(url) == sorted([*names, "notes.txt", "model-of/model-1.safetensors"])
-    assert experiment.files(f"{url}-2") == ["model-1.safetensors"]
+    assert storage.list_files(url) == sorted([*names, "notes.txt", "model-of/model-1.safetensors"])
+    assert storage.list_files(f"{url}-2") == ["model-1.safetensors"]
     loaded, config = experiment.load_model(url)
     assert same(loaded, linear(2)) and config == {"seed": 2}
 
 
 def test_damaged_weights_are_a_clear_error(url):
     weights, _ = experiment.save_model(linear(0), url)
-    data = bytearray(experiment.read(f"{url}/{weights}"))
+    data = bytearray(storage.read(f"{url}/{weights}"))
     data[-1] ^= 1
     for damaged in bytes(data), data[:-5], b"":
-        experiment.write(f"{url}/{weights}", bytes(damaged))
+        storage.write(f"{url}/{weights}", bytes(damaged))
         with pytest.raises(storage.StorageError, match=f"{url}/{weights} is damaged.*save the model again"):
             experiment.load_model(url)
 
@@ -559,19 +559,19 @@ def test_a_process_killed_at_any_request_leaves_the_old_or_the_new_model(savers)
             found.append(old_or_new(url))
             assert status in (0, -signal.SIGKILL)
     assert found == sorted(found) and found.count(0) > 1 and found.count(1) > 1  # killed before and after the change
-    assert len(experiment.files(url)) == 2
+    assert len(storage.list_files(url)) == 2
 
 
 def test_a_local_write_that_is_killed_leaves_the_old_file(tmp_path):
     path = tmp_path / "folder" / "file"
-    experiment.write(path, b"old")
+    storage.write(path, b"old")
     process = subprocess.Popen([sys.executable, "-c", """
 import sys
 from helpers import experiment
 print("ready", flush=True)
 while True:
     for letter in b"ab":
-        experiment.write(sys.argv[1], bytes([letter]) * 3_000_000)
+        storage.write(sys.argv[1], bytes([letter]) * 3_000_000)
 """, path], stdout=subprocess.PIPE)
     process.stdout.readline()
     while path.read_bytes() == b"old":
@@ -584,23 +584,23 @@ while True:
 
 
 def test_a_local_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    experiment.write(f"{tmp_path}/file", b"old")
+    storage.write(f"{tmp_path}/file", b"old")
     with pytest.raises(TypeError):
-        experiment.write(f"{tmp_path}/file", "no bytes")
+        storage.write(f"{tmp_path}/file", "no bytes")
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     with pytest.raises(storage.StorageError, match="folder"):
-        experiment.write(f"{tmp_path}/folder", b"new")
-    assert experiment.files(tmp_path) == ["file"] and experiment.read(f"{tmp_path}/file") == b"old"
+        storage.write(f"{tmp_path}/folder", b"new")
+    assert storage.list_files(tmp_path) == ["file"] and storage.read(f"{tmp_path}/file") == b"old"
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system")
 def test_a_local_write_is_whole_on_another_file_system_than_that_of_temporary_files(tmp_path):
     folder = f"/dev/shm/{tmp_path.name}-{os.getpid()}"
     try:
-        experiment.write(f"{folder}/file", b"old")
+        storage.write(f"{folder}/file", b"old")
         inode = os.stat(f"{folder}/file").st_ino
         with open(f"{folder}/file", "rb") as before:
-            experiment.write(f"{folder}/file", b"new")
+            storage.write(f"{folder}/file", b"new")
             assert before.read() == b"old" and os.stat(f"{folder}/file").st_ino != inode
         assert os.listdir(folder) == ["file"]
     finally:
@@ -610,6 +610,6 @@ def test_a_local_write_is_whole_on_another_file_system_than_that_of_temporary_fi
 def test_files_of_local_urls_are_found_in_every_spelling(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place in "here", f"file://{tmp_path}/there", tmp_path / "path":
-        experiment.write(f"{place}/a/b", b"data")
-        assert experiment.files(place) == ["a/b"] and experiment.read(f"{place}/a/b") == b"data"
+        storage.write(f"{place}/a/b", b"data")
+        assert storage.list_files(place) == ["a/b"] and storage.read(f"{place}/a/b") == b"data"
     assert fsspec.filesystem("file").exists(tmp_path / "here/a/b")

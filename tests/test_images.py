@@ -18,6 +18,7 @@ from servers.fault_proxy import fault_proxy
 from torchvision.datasets import ImageFolder
 
 from helpers import experiment, images, storage
+from helpers.chapters import cnn
 
 TREE = ["ant/z.png", "ant/10.png", "ant/9.png", "ant/B.PNG", "ant/sub/a.png", "ant/sub b/c.png",
         "ant/sub/deep/er/d.png", "ant/sub-1/e.png", "Zebra/a.png", "bee/b+c & d%20é.png", "bee/.hidden.png",
@@ -351,26 +352,26 @@ def test_what_is_no_whole_image_is_a_value_error(data):
 @pytest.mark.parametrize("architecture", images.ARCHITECTURES)
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_networks_take_images_of_any_size(architecture, size):
-    assert images.build(architecture, 7).eval()(torch.zeros(2, 3, size, size)).shape == (2, 7)
+    assert cnn.build(architecture, 7).eval()(torch.zeros(2, 3, size, size)).shape == (2, 7)
 
 
 def test_an_unknown_architecture_is_an_error_that_names_those_there_are():
     with pytest.raises(ValueError, match="'vgg'.*small_cnn, resnet18"):
-        images.build("vgg", 7)
+        cnn.build("vgg", 7)
 
 
 @pytest.mark.parametrize("architecture", images.ARCHITECTURES)
 def test_a_model_comes_back_with_the_same_outputs_and_ready_to_predict(architecture):
-    model, inputs = images.build(architecture, 3), torch.rand(4, 3, 32, 32)
+    model, inputs = cnn.build(architecture, 3), torch.rand(4, 3, 32, 32)
     model(inputs)  # gives the batch norms some statistics
     url = f"s3://pictures/models/{architecture}"
     config = {"architecture": architecture, "classes": ["a", "b", "c"], "mean": [0.5]}
     experiment.save_model(model, url, **config)
-    loaded, loaded_config = images.load_model(url)
+    loaded, loaded_config = cnn.load_model(url)
     assert loaded_config == config and not loaded.training
     assert torch.equal(loaded(inputs), model.eval()(inputs))
 
 
 def test_a_model_that_is_not_there_is_an_error_that_names_notebook_02():
     with pytest.raises(storage.NotFound, match="s3://pictures/models/none.*notebook 02"):
-        images.load_model("s3://pictures/models/none")
+        cnn.load_model("s3://pictures/models/none")

@@ -18,8 +18,9 @@ import transformers
 from servers.embedded import connected
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, BertTokenizer
 
-from helpers import experiment, jokes, storage
-from helpers.evaluation import language_modelling
+from helpers import experiment, storage
+from helpers.chapters import jokes
+from helpers.chapters.evaluation import language_modelling
 from helpers.training import TrainLoop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,7 +43,7 @@ def served(tmp_path_factory):
 def written(url, rows, **options):
     text = io.StringIO(newline="")
     csv.writer(text, **options).writerows(rows)
-    experiment.write(url, text.getvalue().encode())
+    storage.write(url, text.getvalue().encode())
     return str(url)
 
 
@@ -59,7 +60,7 @@ def one_batch(packed):
 def trained(one_thread):
     """A model that has learned the form of the jokes, and its tokenizer; how it learned is asserted below."""
     model, tokenizer = untrained()
-    data = jokes.Packed(jokes.encode(tokenizer, PAIRS), 64, tokenizer.pad_token_id)
+    data = jokes.PackedRows(jokes.encode(tokenizer, PAIRS), 64, tokenizer.pad_token_id)
     loader = torch.utils.data.DataLoader(data, 4, shuffle=True, generator=torch.Generator().manual_seed(0))
     loop = TrainLoop(model, loader, optimizer=torch.optim.AdamW(model.parameters(), lr=3e-3))
     history = loop.fit(20)
@@ -224,7 +225,7 @@ def test_packed_logits_are_those_of_each_joke_alone(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     model.eval()
     texts = jokes.encode(tokenizer, PAIRS)
-    packed = jokes.Packed(texts, 64, tokenizer.pad_token_id)
+    packed = jokes.PackedRows(texts, 64, tokenizer.pad_token_id)
     assert len(packed) < len(texts) / 1.5 and packed.tokens == sum(map(len, texts)) > 0.8 * packed.ids.numel()
     found = []
     with torch.no_grad():
@@ -245,7 +246,7 @@ def test_the_loss_is_that_of_all_jokes_alone_and_never_of_padding_or_across_joke
     model, tokenizer = model_and_tokenizer
     model.eval()
     texts = jokes.encode(tokenizer, PAIRS)
-    packed = jokes.Packed(texts, 64, tokenizer.pad_token_id)
+    packed = jokes.PackedRows(texts, 64, tokenizer.pad_token_id)
     total, count = 0.0, 0
     with torch.no_grad():
         for ids in texts:
@@ -256,7 +257,7 @@ def test_the_loss_is_that_of_all_jokes_alone_and_never_of_padding_or_across_joke
         metric = language_modelling()
         metric.update(outputs.logits[:, :-1], one_batch(packed)["labels"][:, 1:])
         assert metric.compute()["cross_entropy_loss"].item() == pytest.approx(total / count, abs=1e-5)
-        padded = (jokes.Packed(texts[:1], length, tokenizer.pad_token_id) for length in (40, 64))
+        padded = (jokes.PackedRows(texts[:1], length, tokenizer.pad_token_id) for length in (40, 64))
         assert len({round(model(**one_batch(each)).loss.item(), 5) for each in padded}) == 1
 
 
@@ -269,7 +270,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
                 module.p = 0.0
         if checkpointing:
             model.activation_checkpointing_enable()
-        packed = jokes.Packed(jokes.encode(tokenizer, PAIRS[:8]), 64, tokenizer.pad_token_id)
+        packed = jokes.PackedRows(jokes.encode(tokenizer, PAIRS[:8]), 64, tokenizer.pad_token_id)
         model.train()
         model(**one_batch(packed)).loss.backward()
         gradients.append(model.transformer.wte.weight.grad)
@@ -277,7 +278,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 def test_a_text_that_is_too_long_is_left_out_and_counted():
-    packed = jokes.Packed([[1] * 9, [2] * 10, [3] * 11, [4]], 10)
+    packed = jokes.PackedRows([[1] * 9, [2] * 10, [3] * 11, [4]], 10)
     assert packed.ignored == 1 and packed.tokens == 20 and len(packed) == 2
     assert packed[0]["labels"].tolist() == [-100] + [2] * 9
     assert packed[1]["input_ids"].tolist() == [1] * 9 + [4]
@@ -299,11 +300,11 @@ def saved(trained):
 
 
 def test_a_saved_model_is_a_hugging_face_folder_and_what_plain_transformers_generates_ends(saved, trained, tmp_path):
-    for name in experiment.files(saved):
-        (tmp_path / name).write_bytes(experiment.read(f"{saved}/{name}"))
+    for name in storage.list_files(saved):
+        (tmp_path / name).write_bytes(storage.read(f"{saved}/{name}"))
     expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert expected <= set(experiment.files(saved))
-    assert not [name for name in experiment.files(saved) if name.endswith((".bin", ".pt"))]
+    assert expected <= set(storage.list_files(saved))
+    assert not [name for name in storage.list_files(saved) if name.endswith((".bin", ".pt"))]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
     [prompt] = jokes.encode(trained[1], [(PAIRS[0][0], None)])
     assert tokenizer(f"[QUESTION] {PAIRS[0][0]}[ANSWER]")["input_ids"] == prompt
@@ -326,14 +327,14 @@ def test_a_joker_is_loaded_from_a_bucket_and_from_a_folder(kind, saved, trained,
 def test_another_model_in_the_same_place_leaves_nothing_of_the_one_before(saved, trained):
     url = "s3://jokes/models/again"
     jokes.save(*trained[:2], url)
-    experiment.write(f"{url}/model-00001-of-00002.safetensors", b"of a larger one")
+    storage.write(f"{url}/model-00001-of-00002.safetensors", b"of a larger one")
     jokes.save(*untrained(), url)
-    assert experiment.files(url) == experiment.files(saved)
+    assert storage.list_files(url) == storage.list_files(saved)
     assert not torch.equal(jokes.load(url).model.lm_head.weight, trained[0].lm_head.weight)
 
 
 def test_what_was_cut_off_while_saving_is_no_model(saved, trained, monkeypatch):
-    url, write = "s3://jokes/models/cut", experiment.write
+    url, write = "s3://jokes/models/cut", storage.write
     jokes.save(*untrained(), url)
 
     def cut(target, data):
@@ -376,7 +377,7 @@ def test_a_model_of_the_bucket_is_trained_further_with_its_own_tokenizer(saved, 
 def test_bert_as_a_decoder_learns_is_saved_and_tells(tmp_path):
     model, tokenizer = jokes.base_model(bert(tmp_path), PAIRS, 64)
     assert isinstance(model, BertLMHeadModel) and model.config.is_decoder
-    data = jokes.Packed(jokes.encode(tokenizer, PAIRS), 64, tokenizer.pad_token_id)
+    data = jokes.PackedRows(jokes.encode(tokenizer, PAIRS), 64, tokenizer.pad_token_id)
     loader, optimizer = torch.utils.data.DataLoader(data, 8), torch.optim.AdamW(model.parameters(), lr=5e-3)
     loop = TrainLoop(model, loader, optimizer=optimizer)
     history = loop.fit(15)
@@ -391,7 +392,8 @@ def test_bert_as_a_decoder_learns_is_saved_and_tells(tmp_path):
 SCRIPT = """
 import sys, transformers
 transformers.logging.set_verbosity_error()
-from helpers import jokes, storage
+from helpers import storage
+from helpers.chapters import jokes
 try:
     {0}
 except storage.StorageError as error:

@@ -110,7 +110,7 @@ def test_running_01_again_changes_nothing_and_another_split_is_refused(embedded,
     first = written()
     execute("01", tmp_path, **some)
     assert written() == first
-    [outcome] = run.run([BY_NUMBER["01"]], dict(some, split="80/10/10"), tmp_path / "again")
+    [outcome] = run.run_notebooks([BY_NUMBER["01"]], dict(some, split="80/10/10"), tmp_path / "again")
     assert outcome.status == "FAILED" and "is split already, with other ratios" in outcome.error
     assert written() == first
 
@@ -120,7 +120,7 @@ def test_each_notebook_alone_says_which_one_it_needs(number, needed, embedded, t
     for exists in (False, True):
         if exists:
             storage.create_bucket(bucket)
-        [outcome] = run.run([BY_NUMBER[number]], dict(bucket=bucket), tmp_path / f"{exists}")
+        [outcome] = run.run_notebooks([BY_NUMBER[number]], dict(bucket=bucket), tmp_path / f"{exists}")
         assert outcome.status == "FAILED"
         assert f"make run NOTEBOOKS={needed if exists or number == '07' else '01'}" in outcome.error
         assert bucket in outcome.error
@@ -172,7 +172,7 @@ def test_a_kernel_killed_in_the_middle(moment, number, part, embedded, tmp_path,
         last = proxy.requests + int(part * (proxy.requests - before))
 
         proxy.on_request = lambda count: kill_the_kernel() if count == last else None
-        [outcome] = run.run([BY_NUMBER[number]], dict(bucket=killed, **options), tmp_path / "killed")
+        [outcome] = run.run_notebooks([BY_NUMBER[number]], dict(bucket=killed, **options), tmp_path / "killed")
         proxy.on_request = None
         assert outcome.status == "FAILED" and "DeadKernelError" in outcome.error
         names = storage.objects(f"s3://{killed}")

@@ -34,6 +34,7 @@ from servers.fault_proxy import Connection, FaultProxy, fault_proxy
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from helpers import images, storage
+from helpers.chapters import pack
 
 TREE = ["ant/z.png", "ant/10.png", "ant/9.png", "ant/B.PNG", "ant/v1.2.final.png", "ant/sub/a.png", "ant/sub b/c.png",
         "ant/sub/deep/er/d.png", "ant/sub-1/e.png", "Zebra/a.png", "bee/b+c & d%20é.png", "bee/.hidden.png",
@@ -229,7 +230,7 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def packed(directory):
     """The packed photos."""
-    return images.pack("s3://pictures/photos", shard_bytes=SHARD)
+    return pack.pack("s3://pictures/photos", shard_bytes=SHARD)
 
 
 @pytest.fixture
@@ -251,7 +252,7 @@ def copied(prefix, names=tuple(PHOTOS)[:12]):
 @pytest.mark.parametrize("name, shard_bytes", [("tree", 8000), ("photos", SHARD)])
 def test_what_is_packed_reads_as_the_folder_it_was_made_from(name, shard_bytes):
     url = f"s3://pictures/{name}"
-    assert images.pack(f"{url}/", f"{url}-as-it-was/", shard_bytes=shard_bytes) == f"{url}-as-it-was"
+    assert pack.pack(f"{url}/", f"{url}-as-it-was/", shard_bytes=shard_bytes) == f"{url}-as-it-was"
     loose, shards = raw(url), raw(f"{url}-as-it-was")
     assert len(shards.shards) > 4 and f"{len(shards)} images" in repr(shards)
     assert (shards.classes, shards.class_to_idx, shards.targets) == (loose.classes, loose.class_to_idx, loose.targets)
@@ -266,7 +267,7 @@ def test_what_is_packed_reads_as_the_folder_it_was_made_from(name, shard_bytes):
 
 
 def test_packed_images_are_decoded_like_loose_ones():
-    images.pack("s3://pictures/tree", "s3://pictures/tree-decoded")
+    pack.pack("s3://pictures/tree", "s3://pictures/tree-decoded")
     loose, shards = (images.S3ImageFolder(f"s3://pictures/tree{end}") for end in ("", "-decoded"))
     assert all(torch.equal(one, other) and s == t for (one, s), (other, t) in
                zip(items(images.loader(loose, 5)), items(images.loader(shards, 5)), strict=True))
@@ -302,7 +303,7 @@ def test_transient_faults_of_the_server_show_neither_in_packing_nor_in_reading(f
     url = copied(fresh)
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"], **FAULTS) as proxy:
         with connected(os.environ | {"AWS_ENDPOINT_URL": proxy.url}):
-            shown = items(images.loader(raw(images.pack(url, shard_bytes=SHARD)), 5, shuffle=True))
+            shown = items(images.loader(raw(pack.pack(url, shard_bytes=SHARD)), 5, shuffle=True))
         assert min(proxy.slow_downs, proxy.resets, proxy.truncations) > 1
     assert sorted(shown) == sorted(plain(raw(url), range(12)))
 
@@ -322,14 +323,14 @@ def test_a_shard_is_a_tar_of_images_and_their_class_indices(directory, packed):
 
 
 def test_images_in_a_shard_have_their_extension_in_lower_case(directory):
-    images.pack("s3://pictures/tree", "s3://pictures/tree-names")
+    pack.pack("s3://pictures/tree", "s3://pictures/tree-names")
     with tarfile.open(directory / "pictures/tree-names/shard-000000.tar") as archive:
         assert archive.getnames() == [f"{n:08}{end}" for n in range(len(TREE)) for end in (".png", ".cls")]
 
 
 def test_webdataset_reads_the_shards(directory):
     webdataset = pytest.importorskip("webdataset")
-    url = images.pack("s3://pictures/tree", "s3://pictures/tree-web", shard_bytes=8000)
+    url = pack.pack("s3://pictures/tree", "s3://pictures/tree-web", shard_bytes=8000)
     shards = [str(directory / "pictures/tree-web" / shard) for shard in raw(url).shards]
     found = [(sample["png"], int(sample["cls"])) for sample in webdataset.WebDataset(shards, shardshuffle=False)]
     assert sorted(found) == sorted(plain(raw(url), range(len(TREE))))
@@ -346,7 +347,7 @@ def test_the_index_tells_where_in_the_shard_each_image_is(packed):
 
 def test_an_image_that_has_nothing_but_an_extension_for_its_name_is_an_image_in_the_shard_too(directory, fresh):
     put(f"{fresh}/a/.jpg", b"data")
-    images.pack(f"s3://pictures/{fresh}")
+    pack.pack(f"s3://pictures/{fresh}")
     with tarfile.open(directory / f"pictures/{fresh}-packed/shard-000000.tar") as archive:
         assert archive.getnames() == ["00000000.jpg", "00000000.cls"]
 
@@ -361,7 +362,7 @@ def test_another_index_json_beside_the_classes_is_ignored_and_no_pack(fresh):
 def test_packing_where_there_is_another_index_json_is_an_error_that_says_what_to_do(fresh, packed):
     put(f"{fresh}/index.json", b'{"a": 0, "b": 1}')
     with pytest.raises(storage.StorageError, match=f"{fresh}.*another packed_url"):
-        images.pack("s3://pictures/photos", f"s3://pictures/{fresh}")
+        pack.pack("s3://pictures/photos", f"s3://pictures/{fresh}")
 
 
 # ------------------------------------------------------------------------------------------------------------ damage
@@ -416,7 +417,7 @@ def test_a_damaged_image_is_read_anew_when_it_is_asked_for_again(packed):
 def test_an_empty_image_in_a_pack_is_skipped_with_a_cache_too(fresh, tmp_path):
     for number in range(4):
         put(f"{fresh}/a/{number}.png", png(number) if number != 2 else b"")
-    url = images.pack(f"s3://pictures/{fresh}")
+    url = pack.pack(f"s3://pictures/{fresh}")
     for options in {}, {"cache_dir": tmp_path}:
         folder = images.S3ImageFolder(url, on_error="skip", **options)
         with pytest.warns(UserWarning, match="skipped .*/a/2.png: not an image"):
@@ -454,7 +455,7 @@ def test_packing_that_was_killed_is_completed_to_the_same_bytes_and_no_finished_
 
 
 def pack_shards(url, packed_url):
-    images.pack(url, packed_url, shard_bytes=SHARD)
+    pack.pack(url, packed_url, shard_bytes=SHARD)
 
 
 def test_packing_that_was_killed_at_the_very_end_leaves_no_pieces_when_it_is_run_again(fresh, packed):
@@ -470,29 +471,29 @@ def test_packing_that_was_killed_at_the_very_end_leaves_no_pieces_when_it_is_run
 
 def test_packing_again_writes_nothing(packed):
     with wire() as proxy:
-        assert images.pack("s3://pictures/photos", shard_bytes=SHARD) == packed
+        assert pack.pack("s3://pictures/photos", shard_bytes=SHARD) == packed
         assert not proxy.writes()
 
 
 def test_a_pack_of_other_images_or_settings_is_not_overwritten_and_the_error_says_what_to_do(fresh):
     url = copied(fresh)
-    there = images.pack(url)
+    there = pack.pack(url)
     before = contents(f"{fresh}-packed")
     say = re.escape(there) + r".*storage\.delete.*another packed_url"
     for settings in {"shard_bytes": 5000}, {"seed": 1}:
         with pytest.raises(storage.StorageError, match=say):
-            images.pack(url, **settings)
+            pack.pack(url, **settings)
     put(f"{fresh}/a/new.jpg", b"one more")
     with pytest.raises(storage.StorageError, match=say):
-        images.pack(url)
+        pack.pack(url)
     assert contents(f"{fresh}-packed") == before
     storage.delete(there)
-    assert len(raw(images.pack(url))) == 13
+    assert len(raw(pack.pack(url))) == 13
 
 
 def test_the_seed_decides_the_order_in_the_shards(fresh):
     url = copied(fresh)
-    rows = [[name for name, *_ in json.loads(images.fetch(images.pack(url, f"{url}-{n}", seed=seed) + "/index.json"))
+    rows = [[name for name, *_ in json.loads(images.fetch(pack.pack(url, f"{url}-{n}", seed=seed) + "/index.json"))
              ["samples"]] for n, seed in enumerate((1, 1, 2))]
     assert rows[0] == rows[1] != rows[2] and sorted(rows[0]) == sorted(rows[2])
 
@@ -501,7 +502,7 @@ def test_packing_what_has_no_images_is_an_error(fresh):
     put(f"{fresh}/a/notes.txt", b"no image")
     for name in fresh, "none":
         with pytest.raises(storage.StorageError, match=f"no class folders with images under s3://pictures/{name}"):
-            images.pack(f"s3://pictures/{name}")
+            pack.pack(f"s3://pictures/{name}")
 
 
 def one_time(name):
@@ -515,9 +516,9 @@ def test_an_image_that_comes_damaged_on_its_way_is_an_error_that_names_it_and_no
     with wire() as proxy:
         proxy.change = one_time(f"{fresh}/b/01.jpg")
         with pytest.raises(storage.StorageError, match=f"{url}/b/01.jpg.*checksum"):
-            images.pack(url)
+            pack.pack(url)
     assert not storage.objects(f"{url}-packed")
-    assert len(raw(images.pack(url))) == 12
+    assert len(raw(pack.pack(url))) == 12
 
 
 def replaced_meanwhile(fresh, data):
@@ -527,7 +528,7 @@ def replaced_meanwhile(fresh, data):
         first = one_time(f"{fresh}/b/01.jpg")
         proxy.hold = lambda method, path: first(method, path) and put(path, data)
         with pytest.raises(storage.StorageError, match=f"{url}/b/01.jpg"):
-            images.pack(url)
+            pack.pack(url)
 
 
 def test_an_image_that_is_replaced_by_a_longer_one_while_it_is_packed_is_an_error_that_names_it(fresh):
@@ -543,7 +544,7 @@ def test_an_image_that_always_comes_damaged_is_an_error_that_names_it(fresh):
     with wire() as proxy:
         proxy.change = lambda method, path: method == "GET" and path == f"{fresh}/b/01.jpg"
         with pytest.raises(storage.StorageError, match=f"{url}/b/01.jpg"):
-            images.pack(url)
+            pack.pack(url)
 
 
 def test_images_of_which_the_etag_is_no_checksum_are_packed_and_a_server_that_knows_ranges_gives_them(moto_env, bucket):
@@ -558,7 +559,7 @@ def test_images_of_which_the_etag_is_no_checksum_are_packed_and_a_server_that_kn
         done = {"Parts": [{"PartNumber": 1, "ETag": e_tag}]}
         storage.client().complete_multipart_upload(**parts, MultipartUpload=done)
         assert "-" in storage.objects(f"s3://{bucket}/of")["b/04.jpg"]["e_tag"]
-        packed = raw(images.pack(f"s3://{bucket}/of", shard_bytes=SHARD))
+        packed = raw(pack.pack(f"s3://{bucket}/of", shard_bytes=SHARD))
         assert items(images.loader(packed, 5)) == [(folder[f"of/{url[-8:]}"], target) for url, target in packed.samples]
         assert len(packed) == 12
 
@@ -586,7 +587,7 @@ def test_while_a_batch_is_used_the_next_ones_are_asked_for_as_many_as_keep_the_t
 def test_no_more_bytes_are_asked_for_ahead_than_memory_is_meant_to_hold(how):
     url, most = "s3://pictures/large", images.WINDOW + 4 * 2**20
     if how == "packed":
-        url = images.pack(url, shard_bytes=40 * 2**20)
+        url = pack.pack(url, shard_bytes=40 * 2**20)
     folder = images.S3ImageFolder(url, loader=lambda data: int(data[:2].strip(b"\0")))
     folder[0]
     with wire() as proxy:

@@ -158,7 +158,7 @@ def test_kernel_is_ours_in_the_notebooks_folder_with_our_s3(finished):
 
 
 def test_parameters_reach_the_notebooks_that_have_them(finished):
-    assert run.results(finished.output / "01_good.ipynb")["epochs"] == 3
+    assert run.read_results(finished.output / "01_good.ipynb")["epochs"] == 3
     injected = [cell.source for name in ("01_good", "02_fails", "05_after")
                 for cell in nbformat.read(finished.output / f"{name}.ipynb", as_version=4).cells
                 if "injected-parameters" in cell.metadata.get("tags", [])]
@@ -168,12 +168,12 @@ def test_parameters_reach_the_notebooks_that_have_them(finished):
 def test_results_are_those_of_the_last_cell_that_shows_json(finished):
     path = finished.output / "01_good.ipynb"
     expected = {"epochs": 3, "kind": "int", "loss": 0.123456, "tag": "<i>"}
-    assert run.results(path) == run.results(str(path)) == run.results(nbformat.read(path, as_version=4)) == expected
+    assert run.read_results(path) == run.read_results(str(path)) == run.read_results(nbformat.read(path, as_version=4)) == expected
     with pytest.raises(ValueError, match="05_after.ipynb shows no results"):
-        run.results(finished.output / "05_after.ipynb")
+        run.read_results(finished.output / "05_after.ipynb")
     numbers = new_output("display_data", data={"application/json": [1, 2]})
     with pytest.raises(ValueError, match="this notebook shows no results"):
-        run.results(new_notebook(cells=[new_code_cell("", outputs=[numbers])]))
+        run.read_results(new_notebook(cells=[new_code_cell("", outputs=[numbers])]))
 
 
 def test_index_shows_titles_results_and_figures(finished):
@@ -271,14 +271,14 @@ def test_run_from_python(tmp_path, monkeypatch):
     asks = write(tmp_path, "asks.ipynb", "import os\nos.environ['AWS_ENDPOINT_URL']", "# Asks")
     shows = write(tmp_path, "shows.ipynb", "import os\nos.environ['AWS_SECRET_ACCESS_KEY']")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    first, second, third = run.run([broken, asks, shows], {}, tmp_path / "out")
+    first, second, third = run.run_notebooks([broken, asks, shows], {}, tmp_path / "out")
     assert (first.status, first.rendered) == ("FAILED", False) and "NotJSONError" in first.error
     assert (second.status, second.title) == ("ok", "Asks") and second.seconds > 0
     assert (third.status, third.error) == ("FAILED", "the notebook showed AWS_SECRET_ACCESS_KEY, replaced by ***")
     assert outputs_of(tmp_path / "out" / "asks.ipynb") == "'http://from.connect'"
     assert "broken.ipynb" in (tmp_path / "out" / "index.html").read_text()
     with pytest.raises(ValueError, match="no parameter nothing"):
-        run.run([asks], {"nothing": 1}, tmp_path / "never")
+        run.run_notebooks([asks], {"nothing": 1}, tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 

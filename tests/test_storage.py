@@ -28,6 +28,7 @@ from servers import free_port, listening
 from servers.fault_proxy import fault_proxy
 
 from helpers import storage
+from helpers.chapters import zips
 
 MB = 2**20
 ROOT = Path(storage.__file__).parents[1]
@@ -506,7 +507,7 @@ def test_unzip_knows_the_layouts(s3, layout, tmp_path):
     separator = "\\" if "\\" in top else "/"
     archive = {f"{top}{name}".replace("/", separator): data for name, data in members.items()}
     archive[f"{top}cats{separator}"] = b""
-    out = storage.unzip(zipped(tmp_path / "pets.zip", archive), s3)
+    out = zips.unzip(zipped(tmp_path / "pets.zip", archive), s3)
     assert out == {"layout": kind, "uploaded": len(members), "skipped": 0, "ignored": 1}
     assert content(s3) == digests({f"{target}{name}": data for name, data in members.items()})
 
@@ -515,14 +516,14 @@ def test_unzip_knows_the_layouts(s3, layout, tmp_path):
 @moto
 def test_unzip_knows_other_names_of_val(s3, alias, tmp_path):
     archive = {f"{alias}/{name[4:]}" if name.startswith("val/") else name: data for name, data in READY.items()}
-    storage.unzip(zipped(tmp_path / "pets.zip", archive), s3)
+    zips.unzip(zipped(tmp_path / "pets.zip", archive), s3)
     assert content(s3) == digests(READY)
 
 
 @moto
 def test_unzip_says_what_it_ignores(s3, tmp_path, capsys):
     rest = ["cats/", "dogs/", "__MACOSX/cats/._1.png", "cats/.DS_Store", ".git/config", "cats/Icon\r", "README.txt"]
-    out = storage.unzip(zipped(tmp_path / "pets.zip", PETS | dict.fromkeys(rest, b"")), s3)
+    out = zips.unzip(zipped(tmp_path / "pets.zip", PETS | dict.fromkeys(rest, b"")), s3)
     assert out == {"layout": "classes", "uploaded": 3, "skipped": 0, "ignored": 7}
     assert "3 files, ignored: 2 folders, 4 hidden files, 1 files outside class folders" in capsys.readouterr().out
     assert sorted(listed(s3)) == sorted(f"raw/{name}" for name in PETS)
@@ -530,11 +531,11 @@ def test_unzip_says_what_it_ignores(s3, tmp_path, capsys):
 
 def test_unzip_again_skips_what_is_there(s3, tmp_path):
     archive = zipped(tmp_path / "pets.zip", PETS)
-    storage.unzip(archive, s3)
+    zips.unzip(archive, s3)
     before = listed(s3)
-    assert storage.unzip(archive, s3)["skipped"] == 3
+    assert zips.unzip(archive, s3)["skipped"] == 3
     assert listed(s3) == before
-    storage.unzip(zipped(archive, PETS | {"cats/1.png": b"CAT ONE"}), s3)
+    zips.unzip(zipped(archive, PETS | {"cats/1.png": b"CAT ONE"}), s3)
     assert content(f"{s3}/raw") == digests(PETS | {"cats/1.png": b"CAT ONE"})
 
 
@@ -546,7 +547,7 @@ def test_unzip_reads_from_s3_and_writes_nothing_to_the_disk(s3, tmp_path):
 import resource, sys
 from helpers import storage
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-print(storage.unzip(*sys.argv[1:])["uploaded"])"""
+print(zips.unzip(*sys.argv[1:])["uploaded"])"""
     assert finish(code, f"{s3}/zips/cats.zip", s3, env=aws()) == "4"
     assert content(f"{s3}/raw") == digests(members)
 
@@ -562,7 +563,7 @@ def test_a_zip_larger_than_memory_is_unzipped(s3, served_folder, tmp_path):
     code = """
 import sys
 from helpers import storage
-storage.unzip(*sys.argv[1:])""" + PEAK
+zips.unzip(*sys.argv[1:])""" + PEAK
     assert soon(lambda: "large.zip" in listed(s3), 3)
     assert int(finish(code, f"{s3}/large.zip", s3, env=aws())) < 350
     assert content(f"{s3}/raw/class1") == {name[7:]: sha for name, sha in digest.items() if name.startswith("class1/")}
@@ -605,7 +606,7 @@ def test_unzip_refuses_before_anything_is_put(s3, why, tmp_path):
     if change:
         archive.write_bytes(change(archive.read_bytes()))
     with refused("pets.zip", word):
-        storage.unzip(archive, s3, max_bytes=5000)
+        zips.unzip(archive, s3, max_bytes=5000)
     assert listed(s3) == {}
 
 
@@ -615,7 +616,7 @@ def test_unzip_refuses_before_anything_is_put(s3, why, tmp_path):
 @moto
 def test_unzip_refuses_a_zip_without_the_folders_it_needs(s3, names, word, tmp_path):
     with refused("pets.zip", word):
-        storage.unzip(zipped(tmp_path / "pets.zip", dict.fromkeys(names, b"x")), s3)
+        zips.unzip(zipped(tmp_path / "pets.zip", dict.fromkeys(names, b"x")), s3)
     assert listed(s3) == {}
 
 
@@ -626,7 +627,7 @@ def test_a_damaged_member_is_named_and_not_stored(s3, size, tmp_path):
         file.seek(size - 10)
         file.write(b"damaged")
     with refused("cats/bad.png", "CRC"):
-        storage.unzip(archive, s3)
+        zips.unzip(archive, s3)
     assert "raw/cats/bad.png" not in listed(s3)
 
 
@@ -755,18 +756,18 @@ def other_user(env):
 
 
 def get_with_boto3(url):
-    with storage.explained(url):
+    with storage.translate_errors(url):
         storage.client().get_object(**dict(zip(("Bucket", "Key"), storage.parse(url))))
 
 
 def get_with_obstore(url):
     bucket, key = storage.parse(url)
-    with storage.explained(url):
+    with storage.translate_errors(url):
         obstore.get(storage.store(bucket), key)
 
 
 def get_with_s3fs(url):
-    with storage.explained(url), fsspec.open(url) as file:
+    with storage.translate_errors(url), fsspec.open(url) as file:
         file.read()
 
 
@@ -803,14 +804,14 @@ def test_a_wrong_key_is_refused(s3, name):
 @pytest.mark.parametrize("act", [storage.objects, storage.delete, storage.split,
                                  lambda url: storage.upload(__file__, url),
                                  lambda url: storage.delete_bucket(storage.parse(url)[0]),
-                                 lambda url: storage.unzip(f"{url}/a.zip", url), *GETS])
+                                 lambda url: zips.unzip(f"{url}/a.zip", url), *GETS])
 def test_a_missing_bucket_is_named(s3, act):
     url = f"s3://missing-{secrets.token_hex(4)}"
     with refused(storage.parse(url)[0], os.environ["AWS_ENDPOINT_URL"], "check the name", kind=storage.NotFound):
         act(f"{url}/a" if act in GETS else url)
 
 
-@pytest.mark.parametrize("act", [lambda url: storage.unzip(url, url), *GETS])
+@pytest.mark.parametrize("act", [lambda url: zips.unzip(url, url), *GETS])
 def test_a_missing_object_is_named(s3, act):
     with refused(f"{s3}/pets.zip", os.environ["AWS_ENDPOINT_URL"], "check the name", kind=storage.NotFound):
         act(f"{s3}/pets.zip")
@@ -821,11 +822,11 @@ def test_no_permission(s3, ceph_env):
     put(s3, PETS)
     other_user(ceph_env)
     for act in (storage.objects, storage.delete, lambda url: storage.upload(__file__, url),
-                lambda url: storage.unzip(f"{url}/cats/1.png", url), *(
+                lambda url: zips.unzip(f"{url}/cats/1.png", url), *(
                     lambda url, get=get: get(f"{url}/cats/1.png") for get in GETS)):
         with refused(s3, "No permission", os.environ["AWS_ENDPOINT_URL"], "owner"):
             act(s3)
-    with refused(s3, "No permission"), storage.explained(s3):
+    with refused(s3, "No permission"), storage.translate_errors(s3):
         obstore.put(storage.store(storage.parse(s3)[0]), "a", b"x")
     connect(ceph_env)
     assert content(s3) == digests(PETS)
@@ -833,7 +834,7 @@ def test_no_permission(s3, ceph_env):
 
 @moto
 def test_a_missing_file_is_named(s3, tmp_path):
-    for act in storage.upload, storage.unzip:
+    for act in storage.upload, zips.unzip:
         with refused(str(tmp_path / "missing.zip"), "check the path"):
             act(tmp_path / "missing.zip", s3)
 
@@ -863,7 +864,7 @@ def test_everything_gets_through_all_faults_at_once(s3, tmp_path):
         storage.upload(folder(tmp_path / "folder", members), f"{s3}/folder")
         storage.upload(tmp_path / "60", s3)
         storage.upload(tmp_path / "pets.zip", s3)
-        storage.unzip(f"{s3}/pets.zip", f"{s3}/pets")
+        zips.unzip(f"{s3}/pets.zip", f"{s3}/pets")
         storage.split(f"{s3}/pets")
         assert proxy.slow_downs and proxy.resets and proxy.copies_refused
         connect({"AWS_ENDPOINT_URL": server})
@@ -893,9 +894,9 @@ def test_an_unzip_that_was_killed_is_completed(s3, requests, tmp_path):
     members = {f"cats/{i}.bin": random.randbytes(20_000) for i in range(100)}
     members["cats/large"] = random.randbytes(80 * MB)
     archive = zipped(tmp_path / "cats.zip", members)
-    killed("storage.unzip(*sys.argv[1:])", archive, s3, requests=requests)
+    killed("zips.unzip(*sys.argv[1:])", archive, s3, requests=requests)
     assert 0 < len(listed(s3)) < 101
-    storage.unzip(archive, s3)
+    zips.unzip(archive, s3)
     assert content(f"{s3}/raw") == digests(members)
     assert len(listed(s3)) == 101
 

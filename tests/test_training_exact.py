@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers import storage
-from helpers.callbacks import Checkpoint, pack, unpack
+from helpers.callbacks import Checkpoint, state_from_safetensors, state_to_safetensors
 from helpers.training import Callback, CancelFit, TrainLoop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -329,10 +329,10 @@ def test_any_state_is_packed_without_a_pickle():
     state = {"a": [1, 2.5, None, "text", True, (1, (2, 3))], 4: {"inf": float("inf")}, "d": {}, "l": [], "u": (),
              "t": torch.arange(6).view(2, 3).T, "half": noise(3).bfloat16(), "empty": torch.zeros(0),
              "scalar": torch.tensor(0.1)}
-    again = unpack(pack(state))
+    again = state_from_safetensors(state_to_safetensors(state))
     for name in ("t", "half", "empty", "scalar"):
         assert torch.equal(state.pop(name), again.pop(name))
-    assert again == state and b"pickle" not in pack(state)
+    assert again == state and b"pickle" not in state_to_safetensors(state)
 
 
 # -------------------------------------------------------------------------------------------------- two processes
@@ -380,8 +380,8 @@ def test_training_on_two_processes_goes_on_exactly_where_each_of_them_was(both):
 def test_training_goes_on_with_as_many_processes_only(tmp_path):
     trainee().fit(1, [Checkpoint(str(tmp_path))])
     [path] = tmp_path.iterdir()
-    state = unpack(path.read_bytes())
-    path.write_bytes(pack(state | {"processes": state["processes"] * 2}))
+    state = state_from_safetensors(path.read_bytes())
+    path.write_bytes(state_to_safetensors(state | {"processes": state["processes"] * 2}))
     with pytest.raises(ValueError, match="begun with 2 processes and cannot go on with 1"):
         trainee().fit(1, [Checkpoint(str(tmp_path))])
 

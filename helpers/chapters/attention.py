@@ -23,7 +23,8 @@ from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 from matplotlib.transforms import Affine2D
 
-from helpers import convert, experiment
+from helpers import storage
+from helpers.chapters import convert
 from helpers.storage import THREADS, progress
 from helpers.training import Callback
 
@@ -299,7 +300,7 @@ def save(examples, url, view=mean, format="png"):
     options = {"pil_kwargs": {"compress_level": 1}} if format == "png" else {}  # or packing takes a third of the time
 
     def write(name, data):
-        experiment.write(name, data)
+        storage.write(name, data)
         bar.update()
 
     names, writes = [f"{url}/{i:05}.{format}" for i in range(len(examples))], []

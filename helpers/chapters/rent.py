@@ -11,17 +11,12 @@ Rented machines are Amazon EC2's; the region and the key are those of the standa
 import argparse
 import io
 import json
-import logging
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
-import threading
-import time
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -43,91 +38,6 @@ PASSED = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_REQUEST_C
 
 class CloudError(Exception):
     """One sentence that says what is wrong, and the way out."""
-
-
-# --------------------------------------------------------------------------------------------- on several processes
-
-
-def run(notebook, parameters=None, processes=None, output=None, nodes=1, node_rank=0, rendezvous=None):
-    """Execute a notebook on several processes by torchrun; returns its results (on the first node).
-
-    Each process executes all of it, in a kernel of its own; TrainLoop divides the batches among them, and only the
-    first one writes (see experiment.write): its executed notebook goes to `output`, anywhere papermill can write.
-    processes: on this machine; by default one for each GPU, or one. On several machines the same is started on each,
-    with its node_rank, the rendezvous (host:port of the first) and an S3 that all of them reach.
-    Raises CloudError with the error of the process that failed first, and ValueError for an unknown parameter.
-    """
-    import torch  # here: the processes, which each start with this module, do without
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    from helpers import experiment
-
-    if (nodes > 1) != bool(rendezvous) or not 0 <= node_rank < nodes:
-        raise CloudError("Several nodes take --nodes N, --rendezvous HOST:PORT of the first, and --node-rank below N.")
-    if processes is not None and processes < 1:
-        raise CloudError(f"--processes is 1 or more, not {processes}.")
-    runner.select_parameters([notebook], parameters or {})
-    processes = processes or torch.cuda.device_count() or 1
-    output = str(output or Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}", Path(str(notebook)).name))
-    if "://" not in output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-    storage.connect()  # once: the kernels inherit the environment
-    cores = getattr(os, "process_cpu_count", os.cpu_count)()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    host, _, port = (rendezvous or "").rpartition(":")
-    place = ["--standalone"] if nodes == 1 else [
-        f"--nnodes={nodes}", f"--node-rank={node_rank}", f"--master-addr={host}", f"--master-port={port}"]
-    logging.disable()  # what went wrong is said here
-    with tempfile.TemporaryDirectory() as errors:
-        job = json.dumps({"notebook": str(notebook), "output": output, "parameters": parameters or {}, "errors": errors})
-        command = [*place, f"--nproc-per-node={processes}", "-m", "helpers.cloud", "process", job]
-        try:
-            torchrun.run(torchrun.parse_args(command))
-        except ChildFailedError as error:
-            said = [path.read_text() for path in sorted(Path(errors).iterdir())]  # the first comes first, but the others
-            said.sort(key=lambda text: "closed by peer" in text)  # may notice before it is down
-            rank, failure = error.get_first_failure()
-            raise CloudError(said[0] if said else f"process {rank}: ended by itself, exit code {failure.exitcode} "
-                             "(-9: killed, often for lack of memory)") from None
-        except SignalException:
-            raise KeyboardInterrupt from None
-        finally:
-            logging.disable(logging.NOTSET)
-            if not node_rank:
-                with suppress(storage.StorageError):  # there is none yet
-                    text, leaked = storage.redact(experiment.read(output).decode())
-                    if leaked:
-                        experiment.write(output, text.encode())
-    if not node_rank:
-        print(f"Executed notebook: {output}")
-        with suppress(ValueError):  # it shows none
-            return runner.results(nbformat.reads(text, as_version=4))
-    return {}
-
-
-def process(notebook, output, parameters, errors):
-    """What torchrun starts: one of the processes."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(143))  # an exception: papermill then ends its kernel
-    logging.disable()
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    rank = int(os.environ["RANK"])
-    try:
-        runner.papermilled(notebook, None if rank else output, parameters, bar=not rank)
-    except Exception as error:
-        place = f"In [{error.exec_count}]: " if hasattr(error, "exec_count") else ""
-        Path(errors, str(time.time_ns())).write_text(f"process {rank}: {place}{runner.describe(error)[0]}")
-        sys.exit(1)
-
-
-def _end_with(parent):
-    """End this process when torchrun has gone without a word."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 # ------------------------------------------------------------------------------------------------ on a rented machine
@@ -152,8 +62,6 @@ def submit(notebook, parameters=None, *, image_id, instance_type, instance_profi
     instance_profile: the name of one that may read and write the bucket, the machine's only key.
     Raises CloudError for whatever is missing, before anything is started, and ValueError for an unknown parameter.
     """
-    from helpers import experiment
-
     ec2, iam, s3 = boto3.client("ec2"), boto3.client("iam"), storage.client().meta.endpoint_url
     if _loopback(s3) and not _loopback(ec2.meta.endpoint_url):
         raise CloudError(f"A rented machine cannot reach S3 at {s3}: set AWS_ENDPOINT_URL_S3, or AWS_ACCESS_KEY_ID or "
@@ -183,8 +91,8 @@ def submit(notebook, parameters=None, *, image_id, instance_type, instance_profi
     storage.create_bucket(bucket)
     name = Path(str(notebook)).stem
     job = f"s3://{bucket}/jobs/{name}/{datetime.now(timezone.utc):%Y-%m-%dT%H-%M-%S.%f}"
-    experiment.write(f"{job}/notebook.ipynb", nbformat.writes(given).encode())
-    experiment.write(f"{job}/source.tar.gz", _source())
+    storage.write(f"{job}/notebook.ipynb", nbformat.writes(given).encode())
+    storage.write(f"{job}/source.tar.gz", _source())
     tags = [{"Key": key, "Value": value} for key, value in (("Name", name), ("Project", PROJECT), ("Job", job))]
     options = {"KeyName": key_name, "SecurityGroupIds": security_group and [security_group],
                "InstanceMarketOptions": spot and {"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}}}
@@ -248,8 +156,6 @@ def status(instance_id=None):
     outcome: what status.json says: "succeeded", "failed" or "timed out", with an exit code; None as long as it runs, and
     why, in EC2's words, of a machine that was ended from outside.
     """
-    from helpers import experiment
-
     which = {"InstanceIds": [instance_id]} if instance_id else {}
     with _told("EC2"):
         pages = boto3.client("ec2").get_paginator("describe_instances").paginate(
@@ -261,7 +167,7 @@ def status(instance_id=None):
     for one in sorted(found, key=lambda one: one["LaunchTime"], reverse=True):
         job, outcome = {tag["Key"]: tag["Value"] for tag in one["Tags"]}["Job"], None
         with suppress(storage.NotFound):
-            outcome = json.loads(experiment.read(f"{job}/status.json"))
+            outcome = json.loads(storage.read(f"{job}/status.json"))
         if outcome is None and one["State"]["Name"] in ("shutting-down", "terminated"):
             outcome = {"state": one.get("StateReason", {}).get("Message", "terminated")}
         rows.append({"instance": one["InstanceId"], "state": one["State"]["Name"], "type": one["InstanceType"],
@@ -271,11 +177,9 @@ def status(instance_id=None):
 
 def logs(instance_id):
     """What the machine has said until the last minute; before it could reach S3, what its console shows."""
-    from helpers import experiment
-
     [row] = status(instance_id)
     try:
-        return experiment.read(f"{row['job']}/log.txt").decode(errors="replace")
+        return storage.read(f"{row['job']}/log.txt").decode(errors="replace")
     except storage.NotFound:
         with _told("EC2"):
             return boto3.client("ec2").get_console_output(InstanceId=instance_id).get("Output", "")

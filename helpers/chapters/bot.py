@@ -1,7 +1,7 @@
 """The joke bot: one worker tells jokes of several sources to many people, and SQL keeps what they think of them.
 
 A source is any function of a list of questions that returns a (question, answer) for each; the question None asks for a
-whole joke. `python -m helpers.bot` runs the bot on Telegram; notebook 07 has the same bot behind a few widgets.
+whole joke. `python -m helpers.chapters.bot` runs the bot on Telegram; notebook 07 has the same bot behind a few widgets.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def written(pairs, seed=None):
 
 def sources(urls):
     """{name: source}: of models of notebook 05, by their URLs (`jokes.load`), and of .csv files, by their names."""
-    from helpers import jokes  # here: transformers take their time
+    from helpers.chapters import jokes  # here: transformers take their time
 
     found = {}
     for url in urls:
@@ -440,7 +440,7 @@ class Redacted(logging.Formatter):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m helpers.bot", description="The joke bot on Telegram. Its token is in "
+    parser = argparse.ArgumentParser("python -m helpers.chapters.bot", description="The joke bot on Telegram. Its token is in "
                                      "TELEGRAM_BOT_TOKEN, the database of the votes in JOKES_DATABASE_URL.")
     parser.add_argument("sources", nargs="*", default=["s3://deep-learning/models/jokes", "data_samples/jokes.csv"],
                         help="folders of models, and .csv files of human-written jokes; %(default)s")

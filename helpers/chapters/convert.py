@@ -104,7 +104,7 @@ class Tokenizer:
     @classmethod
     def load(cls, url, config):
         """A tokenizer.json or a sentencepiece model at any fsspec URL."""
-        return cls(experiment.read(url), config)
+        return cls(storage.read(url), config)
 
     def __call__(self, texts):
         texts, first = list(texts), self.config.vocab_size + 1
@@ -419,7 +419,7 @@ class Dialogues:
 
     def __init__(self, source, split=""):
         self.source, self.split, self.skipped = str(source).rstrip("/"), split, Counter()
-        self.files = [] if source == "chatterbot" else experiment.found(self.source, (".json", ".jsonl", ".json.gz", ".jsonl.gz"))
+        self.files = [] if source == "chatterbot" else storage.find_files(self.source, (".json", ".jsonl", ".json.gz", ".jsonl.gz"))
 
     def __iter__(self):
         return self.part(0, 1)
@@ -428,7 +428,7 @@ class Dialogues:
         """One of `shares` parts, for each of several readers its own: of the files, or of the lines if files are few."""
         self.skipped.clear()
         files, step = (self.files[share::shares], 1) if len(self.files) >= shares else (self.files, shares)
-        for lines in [_chatterbot()] if self.source == "chatterbot" else map(experiment.lines, files):
+        for lines in [_chatterbot()] if self.source == "chatterbot" else map(storage.read_lines, files):
             for line in itertools.islice(lines, 0 if step == 1 else share, None, step):
                 if (example := self._example(line)) and self.split in ("", split(example)):
                     yield example

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LogitsProcessor,
                           PreTrainedTokenizerFast)
 
-from helpers import experiment, storage
+from helpers import storage
 
 QUESTION, ANSWER, END, PAD = "[QUESTION]", "[ANSWER]", "<|endoftext|>", "[PAD]"
 UNTOLD = "Have you heard the one about the language model?", "It never came to an end."  # see Joker.tell
@@ -31,7 +31,7 @@ def read(url):
     Columns are found by name, in any order and case; the header shows the delimiter (, ; tab or |) and the quotes.
     Broken: too few or too many fields, no UTF-8. Raises StorageError when it has no columns Question and Answer.
     """
-    text = experiment.read(url).decode("utf-8-sig", errors="replace").replace("\0", "\ufffd")
+    text = storage.read(url).decode("utf-8-sig", errors="replace").replace("\0", "\ufffd")
     lines = list(io.StringIO(text, newline=""))
     try:
         dialect = csv.Sniffer().sniff(lines[0].strip() if lines else "", ",;\t|")
@@ -164,7 +164,7 @@ def encode(tokenizer, jokes):
              *(next(ids) + [tokenizer.eos_token_id] if second else [])] for first, second in jokes]
 
 
-class Packed(Dataset):
+class PackedRows(Dataset):
     """Token ids of texts side by side in rows of `length` tokens, as full as they get, where no text sees another.
 
     Items are dicts of what a causal language model takes: input_ids, position_ids (from 0 in each text) and labels, all
@@ -237,9 +237,9 @@ def _pretrained(source):
     with TemporaryDirectory() as folder:  # only as long as it loads
         place = Path(source).expanduser()
         if "://" in source:
-            for name in experiment.files(source):
+            for name in storage.list_files(source):
                 if name.endswith((".json", ".safetensors", ".txt", ".model")) and "/" not in name:
-                    Path(folder, name).write_bytes(experiment.read(f"{source}/{name}"))
+                    Path(folder, name).write_bytes(storage.read(f"{source}/{name}"))
             place = Path(folder)
         local = "://" in source or place.is_dir() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source)
         if local and not (place / "config.json").is_file():
@@ -270,11 +270,11 @@ def save(model, tokenizer, url):
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        new, old = {path.name for path in Path(folder).iterdir()}, set(experiment.files(url))
+        new, old = {path.name for path in Path(folder).iterdir()}, set(storage.list_files(url))
         for name in ["config.json"] * ("config.json" in old) + sorted(old - new):
-            experiment.remove(f"{url}/{name}")
+            storage.remove(f"{url}/{name}")
         for name in sorted(new, key=lambda name: name == "config.json"):
-            experiment.write(f"{url}/{name}", Path(folder, name).read_bytes())
+            storage.write(f"{url}/{name}", Path(folder, name).read_bytes())
 
 
 def mirror(name, url):
