@@ -1,9 +1,9 @@
-# make setup | run | test | lab | bench | clean      (make run NOTEBOOKS="02 03" ARGS="-p epochs 3")
+# make setup | run | test | lab | bench | export | clean      (make run NOTEBOOKS="02 03" ARGS="-p epochs 3")
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup run test lab bench clean lock
+.PHONY: setup run test lab bench export clean lock
 
 setup: $(VENV)/installed
 
@@ -24,6 +24,10 @@ test: setup
 lab: setup
 	$(BIN)/jupyter lab notebooks
 
+# helpers/chapters/*.py, from the cells of the notebooks that begin with `#| export`.
+export: setup
+	$(BIN)/python .ci/export.py
+
 # mosaicml-streaming asks for numpy < 2.2 and transformers < 5 and works with later ones: without its dependencies, but
 # for what it imports.
 bench: setup
@@ -32,7 +36,7 @@ bench: setup
 	$(BIN)/python -m helpers.run 10 $(ARGS)
 
 clean:
-	rm -rf $(VENV) runs .s3 .pytest_cache *.egg-info helpers/__pycache__ tests/__pycache__
+	rm -rf $(VENV) runs .s3 .pytest_cache *.egg-info helpers/__pycache__ helpers/chapters/__pycache__ tests/__pycache__
 
 # Needs uv (any way you like: pipx install uv). The command is the lock's first line.
 LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --no-annotate --no-header --quiet

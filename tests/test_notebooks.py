@@ -53,7 +53,7 @@ def test_a_notebook_is_as_a_reader_expects_it(path):
     assert not re.search(r"(?m)^\w*(secret|token|password|access_key)", tagged[0].source)
     assert any(re.search("^from helpers", cell.source, re.M) for cell in code)
     assert "application/json" in code[-1].source and "results" in code[-1].source
-    assert max(len(cell.source.splitlines()) for cell in code) <= 25
+    assert max(len(cell.source.splitlines()) for cell in code if not cell.source.startswith("#| export")) <= 25
 
 
 # ---------------------------------------------------------------------------------------- from a zip to predictions
