@@ -106,15 +106,26 @@ class Tokenizer:
         """A tokenizer.json or a sentencepiece model at any fsspec URL."""
         return cls(storage.read(url), config)
 
-    def __call__(self, texts):
-        texts, first = list(texts), self.config.vocab_size + 1
+    def _split(self, texts):
+        """For each text its pieces, as pairs (id, text), cut to max_length."""
+        texts = list(texts)
         if isinstance(self.backend, tokenizers.Tokenizer):
-            found = ((encoding.ids, [text[start:end] for start, end in encoding.offsets])
+            pairs = ([(id, text[start:end]) for id, (start, end) in zip(encoding.ids, encoding.offsets)]
                      for text, encoding in zip(texts, self.backend.encode_batch(texts, add_special_tokens=False)))
         else:
-            found = zip(self.backend.encode(texts), self.backend.encode(texts, out_type=str))
-        return [[first + zlib.crc32(pieces[i].lower().encode()) % self.config.buckets if id == self.unknown else id + 1
-                 for i, id in enumerate(ids[:self.config.max_length])] for ids, pieces in found]
+            pairs = ([(id, piece.replace("▁", " ")) for id, piece in zip(ids, pieces)] for ids, pieces in zip(
+                self.backend.encode(texts), self.backend.encode(texts, out_type=str)))
+        return [row[:self.config.max_length] for row in pairs]
+
+    def __call__(self, texts):
+        """A list of ids for each text."""
+        first = self.config.vocab_size + 1
+        return [[first + zlib.crc32(piece.lower().encode()) % self.config.buckets if id == self.unknown else id + 1
+                 for id, piece in row] for row in self._split(texts)]
+
+    def pieces(self, text):
+        """The text of each piece, as many as there are ids."""
+        return [piece for _, piece in self._split([text])[0]]
 
 
 # --------------------------------------------------------------------------------------------------------- model
@@ -279,6 +290,11 @@ class ConveRT(nn.Module):
                 nn.init.orthogonal_(layer.weight, gain=0.3)
             nn.init.orthogonal_(tower.output.weight)
             tower.load_state_dict(self.context_tower.state_dict())
+
+    def attention_layers(self):
+        """[(name, module), …] in the order they run; each module's `weights(queries, keys, layout)` are its attention."""
+        return [*((f"layer {number}, window {block.attention.window}", block.attention)
+                  for number, block in enumerate(self.blocks, 1)), ("pooling", self.reduction)]
 
     @property
     def scale(self):
