@@ -7,4 +7,4 @@ COMMANDS = {"run": "helpers.run", "rent": "helpers.chapters.rent", "bot": "helpe
 
 if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
     sys.exit(__doc__)
-sys.exit(importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:]))  # the one that is asked for, no other
+sys.exit(importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:]))  # imports no other command

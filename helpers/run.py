@@ -1,28 +1,30 @@
 """Run the notebooks in order, each with papermill, and show what came out on one page.
 
-    python -m helpers.run                       every notebook of notebooks/
-    python -m helpers.run 02 03 -p epochs 3     some of them, with another value for a parameter
+    python -m helpers run                       every notebook of notebooks/
+    python -m helpers run 02 03 -p epochs 3     some of them, with another value for a parameter
+    python -m helpers run 02 --processes 2      on several processes, by torchrun
+    python -m helpers run 02 --nodes 2 --node-rank 0 --rendezvous 10.0.0.1:29500    on several machines
 
-Executed notebooks, their HTML and an index.html go to runs/{date_time}/. A notebook that fails does not stop the
-next one. Exit code: 0 when all ran, 1 when one failed, 2 for a pick or parameter that is not there, 130 after Ctrl-C.
+Executed notebooks, their HTML and an index.html go to runs/{date_time}/, or to the folder or URL of --output. A notebook
+that fails does not stop the next one. Exit code: 0 when all succeeded, 1 when one failed, 2 for a notebook or parameter
+that does not exist, 130 when interrupted.
 """
 
 import argparse
 import contextlib
-import json
-import signal
-import tempfile
-import threading
 import functools
 import importlib.metadata
+import json
 import logging
 import os
 import platform
 import re
+import signal
 import sys
+import tempfile
 import textwrap
+import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -39,58 +41,85 @@ from nbformat import NotebookNode
 from helpers import storage
 
 BAR = {"bar_format": "{desc} |{bar}| {n}/{total} cells, {elapsed}", "dynamic_ncols": True, "leave": False,
-       "disable": None}  # None: no bar where there is no terminal
+       "disable": None}  # None: no bar without a terminal
+TEMPLATES = storage.REPOSITORY / "helpers"  # page.html.j2 for a notebook, index.html.j2 for the run
+
+
+class RunError(Exception):
+    """Why a notebook failed on several processes, in one sentence that names the process."""
 
 
 @dataclass
 class Outcome:
     """How one notebook went; `status` is "ok", "FAILED", or "interrupted" for the one Ctrl-C stopped."""
 
-    notebook: Path
+    notebook: str  # a path or URL
     status: str = "interrupted"
     seconds: float = 0.0
     error: str = ""  # cell 7 (In [5]): ErrorName: message
     source: str = ""  # the first lines of that cell
-    title: str = ""
+    title: str = ""  # empty without an HTML page to link to
     results: dict = field(default_factory=dict)
-    figures: list[str] = field(default_factory=list)  # data: addresses of the first and the last figure
-    rendered: bool = False  # is there an HTML page to link to?
+    figures: list[str] = field(default_factory=list)  # data: URLs of the first and the last figure
+
+    @property
+    def name(self):
+        return self.notebook.rsplit("/")[-1]
 
 
 class OwnKernel(AsyncKernelManager):
-    """Kernels of this very Python, whatever "python3" kernelspecs Jupyter knows on this machine."""
+    """Kernels of the Python that runs this, whatever "python3" kernelspecs Jupyter knows on this machine."""
 
     def _kernel_spec_manager_default(self):
-        return KernelSpecManager(kernel_dirs=[])  # with nowhere to search, ipykernel's own spec is left: sys.executable
+        return KernelSpecManager(kernel_dirs=[])  # without folders to search, ipykernel's own spec is left: sys.executable
 
 
-def run_notebooks(notebooks: Sequence[Path], parameters: dict, output: Path) -> list[Outcome]:
-    """Execute the notebooks one after the other into the folder `output`, where index.html tells how they went."""
-    passed = select_parameters(notebooks, parameters)
+def run_papermill(notebook, target, parameters):
+    """Execute a notebook in a kernel of this Python, with a bar in a terminal; without `target` nothing is kept."""
+    papermill.execute_notebook(
+        notebook, target, parameters, kernel_name="python3", language="python", kernel_manager_class=OwnKernel,
+        extra_arguments=["--log-level=CRITICAL"],  # else kernels write into the progress bar
+        cwd=storage.REPOSITORY / "notebooks" if "://" in str(notebook) else Path(notebook).resolve().parent,
+        iopub_timeout=60,  # seconds a busy machine may take to deliver a cell's last output; the default is 4
+        coalesce_streams=True,  # of a cell's progress bar, keep the last state
+        progress_bar=BAR | {"desc": Path(notebook).stem} if target else False)
+
+
+def run_notebooks(notebooks, parameters, output, execute=run_papermill):
+    """Execute notebooks one after the other into `output`, a folder or URL, with an index.html of how they went.
+
+    parameters: {name: value}, each passed to the notebooks that have it; ValueError for one that no notebook has.
+    output: None keeps nothing (all machines but the first). execute: like run_papermill, how one notebook is executed.
+    Returns their Outcomes.
+    """
     storage.connect()  # once: the kernels inherit the environment, so all notebooks see the same S3
-    output = output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(OSError):  # a convenience, and not every system has links
-        latest = output.with_name("latest")
-        latest.unlink(missing_ok=True)
-        latest.symlink_to(output.name, target_is_directory=True)
-    outcomes, page, started = [], output / "index.html", time.monotonic()
+    notebooks = [str(notebook) for notebook in notebooks]
+    selected = select_parameters(notebooks, parameters)
+    if output and "://" not in str(output):
+        Path(output).mkdir(parents=True, exist_ok=True)
+        if Path(output).parent.name == "runs":
+            with contextlib.suppress(OSError):  # a convenience, and not every system has links
+                latest = Path(output).with_name("latest")
+                latest.unlink(missing_ok=True)
+                latest.symlink_to(Path(output).name, target_is_directory=True)
+    outcomes, started = [], time.monotonic()
     try:
         for notebook in notebooks:
             outcomes.append(Outcome(notebook))
             try:
-                execute(outcomes[-1], passed[notebook], output)
+                run_notebook(outcomes[-1], selected[notebook], output, execute)
             finally:  # after Ctrl-C too
-                page.write_text(index(outcomes, len(notebooks)), encoding="utf-8")
+                if output:
+                    storage.write(f"{output}/index.html", render_index(outcomes, len(notebooks)).encode())
     finally:
         good = sum(outcome.status == "ok" for outcome in outcomes)
-        print(f"{good} of {len(notebooks)} notebooks ran well, in {duration(time.monotonic() - started)}")
-        print(f"Results: {os.path.relpath(page)}", flush=True)
+        print(f"{good} of {len(notebooks)} notebooks succeeded, in {format_duration(time.monotonic() - started)}")
+        print(f"Results: {output}/index.html" if output else "Results are on the first machine.", flush=True)
     return outcomes
 
 
-def select_parameters(notebooks: Sequence[Path], parameters: dict) -> dict[Path, dict]:
-    """For each notebook, those of the given parameters that it has; one that no notebook has is an error."""
+def select_parameters(notebooks, parameters):
+    """For each notebook, those of the parameters that it has. Raises ValueError for one that no notebook has."""
     known = {notebook: papermill.inspect_notebook(notebook) if parameters else {} for notebook in notebooks}
     names = set().union(*known.values())
     if unknown := set(parameters) - names:
@@ -99,315 +128,243 @@ def select_parameters(notebooks: Sequence[Path], parameters: dict) -> dict[Path,
     return {notebook: {k: v for k, v in parameters.items() if k in known[notebook]} for notebook in notebooks}
 
 
-def execute(outcome: Outcome, parameters: dict, output: Path) -> None:
-    """Run one notebook into `output` and note in `outcome` how it went. Only Ctrl-C comes out as an exception."""
-    notebook, target, started = outcome.notebook.resolve(), output / outcome.notebook.name, time.monotonic()
+def run_notebook(outcome, parameters, output, execute):
+    """Execute one notebook and note in `outcome` how it went. Raises nothing but KeyboardInterrupt."""
+    target, started, error = output and f"{output}/{outcome.name}", time.monotonic(), None
     if not sys.stderr.isatty():  # there is no bar then, so say what runs
-        print(f"{notebook.stem} ...", flush=True)
-    error = None
+        print(f"{outcome.name.removesuffix('.ipynb')} ...", flush=True)
     try:
-        run_papermill(notebook, target, parameters)
+        execute(outcome.notebook, target, parameters)
         outcome.status = "ok"
-    except Exception as exception:  # an error in a cell, a dead kernel, a file that is no notebook
+    except Exception as exception:  # an error in a cell, a dead kernel, a file that is not a notebook
         outcome.status, error = "FAILED", exception
     except KeyboardInterrupt as exception:
         error = exception
         raise
     finally:
         outcome.seconds = time.monotonic() - started
-        publish(outcome, target, error)
-        print(f"{outcome.status:6} {notebook.name}, {outcome.error or duration(outcome.seconds)}")
+        if error:
+            outcome.error = describe_error(error)[0]
+        if target:
+            publish(outcome, target, error)
+        print(f"{outcome.status:6} {outcome.name}, {outcome.error or format_duration(outcome.seconds)}")
         if outcome.source:
             print(textwrap.indent(outcome.source, "       | ", lambda line: True))
         sys.stdout.flush()
 
 
-def run_papermill(notebook: Path | str, target: Path | str | None, parameters: dict, bar: bool = True) -> None:
-    """Execute a notebook in a kernel of this Python, with a bar in a terminal. `target` None: it is not kept."""
-    papermill.execute_notebook(
-        notebook,
-        target,
-        parameters,
-        kernel_name="python3",
-        language="python",
-        kernel_manager_class=OwnKernel,
-        extra_arguments=["--log-level=CRITICAL"],  # else kernels talk across the progress bar
-        cwd=storage.REPOSITORY / "notebooks" if "://" in str(notebook) else Path(notebook).resolve().parent,
-        iopub_timeout=60,  # seconds a busy machine may take to deliver a cell's last output; the default is 4
-        coalesce_streams=True,  # of a cell's progress bar, keep the last state
-        progress_bar=BAR | {"desc": Path(notebook).stem} if bar else False,
-    )
-
-
-def publish(outcome: Outcome, target: Path, error: BaseException | None) -> None:
-    """Clean the executed notebook of secrets, read from it what the index shows, and render it as HTML."""
-    page, leaked = target.with_suffix(".html"), scrub(target)
+def publish(outcome, target, error):
+    """Remove secrets from the executed notebook, read from it what the index shows, and render it as HTML."""
     try:
-        executed = nbformat.read(target, as_version=4)
+        text, leaked = storage.redact(storage.read(target).decode())
+        if leaked:
+            storage.write(target, text.encode())
+        executed = nbformat.reads(text, as_version=4)
         if error:
-            outcome.error, outcome.source = describe(error, executed)
-        outcome.title, outcome.figures = title(executed), figures(executed)
-        with contextlib.suppress(ValueError):  # one that shows no results is fine here
+            outcome.error, outcome.source = describe_error(error, executed)
+        outcome.figures = find_figures(executed)
+        with contextlib.suppress(ValueError):  # a notebook without results is fine here
             outcome.results = read_results(executed)
-        resources = {"metadata": {"name": target.stem, "path": str(outcome.notebook.parent)}}
-        page.write_text(exporter().from_notebook_node(executed, resources)[0], encoding="utf-8")
-        leaked |= scrub(page)
-        outcome.rendered = True
+        resources = {"metadata": {"name": Path(outcome.name).stem, "path": outcome.notebook.rpartition("/")[0]}}
+        html = storage.redact(exporter().from_notebook_node(executed, resources)[0])[0]
+        storage.write(target.removesuffix(".ipynb") + ".html", html.encode())
+        outcome.title = find_title(executed) or Path(outcome.name).stem
+        if leaked:
+            outcome.status, names = "FAILED", ", ".join(sorted(leaked))
+            outcome.error = f"the notebook showed {names}, replaced by ***" + (outcome.error and f"; {outcome.error}")
     except Exception as exception:  # papermill wrote nothing, or what it wrote cannot be shown
-        outcome.status, outcome.error = "FAILED", outcome.error or describe(error or exception)[0]
-    if leaked:
-        outcome.status = "FAILED"
-        messages = [f"the notebook showed {', '.join(sorted(leaked))}, replaced by ***", outcome.error]
-        outcome.error = "; ".join(filter(None, messages))
+        outcome.status, outcome.error = "FAILED", outcome.error or describe_error(exception)[0]
 
 
-def describe(error: BaseException, executed: NotebookNode | None = None) -> tuple[str, str]:
+def describe_error(error, executed=None):
     """An error in one line, with the cell it came from, and the first lines of that cell."""
+    if isinstance(error, RunError):
+        return str(error), ""
     name, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
     if name == "DeadKernelError":
         message += " (killed from outside, often for lack of memory)"
     message = textwrap.shorten(storage.redact(strip_ansi(message))[0], 300, placeholder=" ...")
     line = f"{name}: {message}" if message else name
-    cells = executed.cells if executed else []  # without what papermill itself put in, where it matters:
-    cells = [cell for cell in cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
-    begun = [i for i, cell in enumerate(cells) if cell.metadata.get("papermill", {}).get("start_time")]
+    begun = [cell for cell in executed.cells if cell.metadata.get("papermill", {}).get("start_time")] if executed else []
     if not begun:  # not even the kernel came up
         return line, ""
-    place = getattr(error, "cell_index", begun[-1])
-    injected = sum("injected-parameters" in cell.metadata.get("tags", []) for cell in cells[: place + 1])
-    source = cells[place].source.splitlines()
-    prompt = cells[place].get("execution_count") or " "
-    return f"cell {place + 1 - injected} (In [{prompt}]): {line}", "\n".join(source[:6] + ["..."] * (len(source) > 6))
+    source = begun[-1].source.splitlines()
+    shown = source[:6] + ["..."] if len(source) > 6 else source
+    return f"In [{begun[-1].get('execution_count') or '*'}]: {line}", "\n".join(shown)
 
 
-def scrub(path: Path) -> set[str]:
-    """Clean a file, if it is there; the names of the secrets that were in it."""
-    text, leaked = storage.redact(path.read_text(encoding="utf-8")) if path.exists() else ("", set())
-    if leaked:
-        path.write_text(text, encoding="utf-8")
-    return leaked
-
-
-def read_results(notebook: NotebookNode | Path | str) -> dict:
-    """The `results` of an executed notebook: what its last code cell with JSON output showed."""
+def read_results(notebook):
+    """The `results` of an executed notebook (path or node): the last JSON that a code cell of it displayed."""
     executed = notebook if isinstance(notebook, NotebookNode) else nbformat.read(notebook, as_version=4)
-    shown = [data["application/json"] for data in outputs(executed) if "application/json" in data]
+    shown = [data["application/json"] for data in read_outputs(executed) if "application/json" in data]
     if not shown or not isinstance(shown[-1], dict):
         name = "this notebook" if executed is notebook else notebook
         raise ValueError(f"{name} shows no results: let its last code cell end with display(JSON(results))")
     return dict(shown[-1])
 
 
-def outputs(notebook: NotebookNode) -> list[dict]:
-    """What the code cells showed, in order: for each output its data by mime type."""
+def read_outputs(notebook):
+    """What the code cells displayed, in order: for each output its data by mime type."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [output.data for cell in cells for output in cell.outputs if "data" in output]
 
 
-def title(notebook: NotebookNode) -> str:
+def find_title(notebook):
     """The first heading, without its Markdown marks."""
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     heading = re.search(r"^#+ +(.+)$", text, re.MULTILINE)
     return re.sub(r"[`*]", "", heading[1]) if heading else ""
 
 
-def figures(notebook: NotebookNode) -> list[str]:
-    """The first and the last figure as data: addresses (one when there is only one)."""
+def find_figures(notebook):
+    """The first and the last figure as data: URLs (one when there is only one)."""
     kinds = ("image/png", "image/jpeg")
-    shown = [(kind, data[kind]) for data in outputs(notebook) for kind in kinds if kind in data]
-    found = [f"data:{kind};base64,{''.join(pixels.split())}" for kind, pixels in shown]
-    return found[:1] + found[1:][-1:]
+    shown = [(kind, data[kind]) for data in read_outputs(notebook) for kind in kinds if kind in data]
+    urls = [f"data:{kind};base64,{''.join(pixels.split())}" for kind, pixels in shown]
+    return urls[:1] + urls[1:][-1:]
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds):
     """12.3 s, or 4 min 56 s."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 @functools.cache
-def exporter() -> HTMLExporter:
-    """nbconvert's "lab" page made to open without a network: no require.js, no widget or diagram scripts.
-
-    MathJax is left, without waiting for it, where a text has a formula; offline one reads the formula's source.
-    """
-    return HTMLExporter(embed_images=True, raw_template=PAGE)
+def exporter():
+    return HTMLExporter(embed_images=True, raw_template=(TEMPLATES / "page.html.j2").read_text(encoding="utf-8"))
 
 
-PAGE = r"""{% extends "index.html.j2" %}
-{% block html_head_js_requirejs %}{% endblock %}
-{% block html_head_js_mermaidjs %}{% endblock %}
-{% block jupyter_widgets %}{% endblock %}
-{% block data_widget_view %}{% endblock %}
-{% block footer %}</html>{% endblock %}
-{% block html_head_js_mathjax %}
-{% if "$" in nb.cells | selectattr("cell_type", "equalto", "markdown") | map(attribute="source") | join %}
-<script type="text/x-mathjax-config">
-MathJax.Hub.Config({tex2jax: {inlineMath: [["$", "$"], ["\\(", "\\)"]], processEscapes: true}});
-</script>
-<script async src="{{ resources.mathjax_url }}"></script>
-{% endif %}
-{% endblock %}
-{% block data_text scoped %}
-{% set json = output.data["application/json"] %}
-{% if json is defined %}<div class="jp-RenderedText"><pre>{{ json | tojson(indent=2) }}</pre></div>
-{% else %}{{ super() }}{% endif %}
-{% endblock %}
-"""
-
-
-def index(outcomes: list[Outcome], total: int) -> str:
+def render_index(outcomes, total):
     """The page of a run: a card per notebook."""
-    facts = {
-        "when": datetime.now().strftime("%A, %d %B %Y, %H:%M"),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": getattr(os, "process_cpu_count", os.cpu_count)(),
-        "python": platform.python_version(),
-        "torch": importlib.metadata.version("torch"),
-    }
-    template = Path(__file__).with_name("index.html.j2").read_text(encoding="utf-8")
-    return jinja2.Template(template, autoescape=True, trim_blocks=True, lstrip_blocks=True).render(
-        outcomes=outcomes, total=total, duration=duration, readable=readable, **facts
-    )
+    cores = getattr(os, "process_cpu_count", os.cpu_count)()
+    facts = [f"{datetime.now():%A, %d %B %Y, %H:%M}", f"{platform.system()} {platform.machine()}, {cores} cores",
+             f"Python {platform.python_version()}", f"torch {importlib.metadata.version('torch')}"]
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        (TEMPLATES / "index.html.j2").read_text(encoding="utf-8"))
+    return template.render(outcomes=outcomes, total=total, facts=facts, format_duration=format_duration)
 
 
-def readable(value) -> str:
-    """A result for the eye: four digits of a number with a fraction, anything else as it is."""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
-    return str(value)
+def run_on_processes(notebook, target, parameters, *, processes=1, nodes=1, node_rank=0, rendezvous=None):
+    """Like run_papermill, on several processes started by torchrun. Raises RunError with the error that came first.
 
-
-class RunError(Exception):
-    """One sentence that says what is wrong, and the way out."""
-
-
-def run_on_processes(notebook, parameters=None, processes=None, output=None, nodes=1, node_rank=0, rendezvous=None):
-    """Execute a notebook on several processes by torchrun; returns its results (on the first node).
-
-    Each process executes all of it, in a kernel of its own; TrainLoop divides the batches among them, and only the
-    first one writes (see storage.write): its executed notebook goes to `output`, anywhere papermill can write.
-    processes: on this machine; by default one for each GPU, or one. On several machines the same is started on each,
-    with its node_rank, the rendezvous (host:port of the first) and an S3 that all of them reach.
-    Raises RunError with the error of the process that failed first, and ValueError for an unknown parameter.
+    Each process executes the whole notebook in a kernel of its own; TrainLoop divides the batches among them, and only
+    the first one writes (see storage.write). processes: on this machine; 0 is one for each GPU. On several machines the
+    same is started on each, with its node_rank, the rendezvous (host:port of the first) and an S3 that all of them reach.
     """
-    import torch  # here: the processes, which each start with this module, do without
+    import torch  # here: the processes, which import this module too, do without
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if (nodes > 1) != bool(rendezvous) or not 0 <= node_rank < nodes:
-        raise RunError("Several nodes take --nodes N, --rendezvous HOST:PORT of the first, and --node-rank below N.")
-    if processes is not None and processes < 1:
-        raise RunError(f"--processes is 1 or more, not {processes}.")
-    select_parameters([notebook], parameters or {})
     processes = processes or torch.cuda.device_count() or 1
-    output = str(output or Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}", Path(str(notebook)).name))
-    if "://" not in output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-    storage.connect()  # once: the kernels inherit the environment
     cores = getattr(os, "process_cpu_count", os.cpu_count)()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     host, _, port = (rendezvous or "").rpartition(":")
     place = ["--standalone"] if nodes == 1 else [
         f"--nnodes={nodes}", f"--node-rank={node_rank}", f"--master-addr={host}", f"--master-port={port}"]
-    logging.disable()  # what went wrong is said here
+    code = "import json, sys; from helpers import run; run.run_process(**json.loads(sys.argv[1]))"
+    logging.disable()  # the error is reported below
     with tempfile.TemporaryDirectory() as errors:
-        job = json.dumps({"notebook": str(notebook), "output": output, "parameters": parameters or {}, "errors": errors})
-        command = [*place, f"--nproc-per-node={processes}", "-m", "helpers.run", "process", job]
+        job = json.dumps(dict(notebook=str(notebook), target=target, parameters=parameters, errors=errors))
+        command = [*place, f"--nproc-per-node={processes}", "--no-python", sys.executable, "-c", code, job]
         try:
             torchrun.run(torchrun.parse_args(command))
         except ChildFailedError as error:
-            said = [path.read_text() for path in sorted(Path(errors).iterdir())]  # the first comes first, but the others
-            said.sort(key=lambda text: "closed by peer" in text)  # may notice before it is down
+            messages = [path.read_text() for path in sorted(Path(errors).iterdir())]  # the first error comes first; but
+            messages.sort(key=lambda text: "closed by peer" in text)  # others may notice before that process ended
             rank, failure = error.get_first_failure()
-            raise RunError(said[0] if said else f"process {rank}: ended by itself, exit code {failure.exitcode} "
-                             "(-9: killed, often for lack of memory)") from None
+            raise RunError(messages[0] if messages else f"process {rank}: ended with exit code {failure.exitcode} "
+                           "(-9: killed, often for lack of memory)") from None
         except SignalException:
             raise KeyboardInterrupt from None
         finally:
             logging.disable(logging.NOTSET)
-            if not node_rank:
-                with contextlib.suppress(storage.StorageError):  # there is none yet
-                    text, leaked = storage.redact(storage.read(output).decode())
-                    if leaked:
-                        storage.write(output, text.encode())
-    if not node_rank:
-        print(f"Executed notebook: {output}")
-        with contextlib.suppress(ValueError):  # it shows none
-            return read_results(nbformat.reads(text, as_version=4))
-    return {}
+            for number in (signal.SIGINT, signal.SIGTERM):  # torchrun leaves its own handlers
+                signal.signal(number, signal.default_int_handler)
 
 
-def run_process(notebook, output, parameters, errors):
-    """What torchrun starts: one of the processes."""
+def run_process(notebook, target, parameters, errors):
+    """One of the processes that torchrun starts. An error goes to a file in the folder `errors`, named by the time."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(143))  # an exception: papermill then ends its kernel
     logging.disable()
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     rank = int(os.environ["RANK"])
     try:
-        run_papermill(notebook, None if rank else output, parameters, bar=not rank)
+        run_papermill(notebook, None if rank else target, parameters)
     except Exception as error:
         place = f"In [{error.exec_count}]: " if hasattr(error, "exec_count") else ""
-        Path(errors, str(time.time_ns())).write_text(f"process {rank}: {place}{describe(error)[0]}")
+        Path(errors, str(time.time_ns())).write_text(f"process {rank}: {place}{describe_error(error)[0]}")
         sys.exit(1)
 
 
 def end_with_parent(parent):
-    """End this process when torchrun has gone without a word."""
+    """End this process when torchrun was killed."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def pick(picks: Sequence[str]) -> list[Path]:
-    """The notebooks meant by numbers, names or paths; all of notebooks/ when nothing is picked."""
-    known = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
-    there = ", ".join(notebook.stem for notebook in known) or f"none in {Path('notebooks').resolve()}"
-    chosen = []
+def pick(picks):
+    """The notebooks meant by numbers, names, paths or URLs; all of notebooks/ when nothing is picked."""
+    known = sorted(str(path) for path in Path("notebooks").resolve().glob("[0-9][0-9]_*.ipynb"))
+    there = ", ".join(Path(path).stem for path in known) or f"none in {Path('notebooks').resolve()}"
+    chosen = [] if picks else known
     for wanted in picks:
-        found = [notebook for notebook in known if wanted in (notebook.name, notebook.stem, notebook.stem[:2])]
-        if wanted.endswith(".ipynb") and Path(wanted).is_file():
-            found = [Path(wanted)]
-        if not found:
+        matches = [path for path in known if wanted in (Path(path).name, Path(path).stem, Path(path).stem[:2])]
+        if wanted.endswith(".ipynb") and ("://" in wanted or Path(wanted).is_file()):
+            matches = [wanted if "://" in wanted else str(Path(wanted).resolve())]
+        chosen += [path for path in matches if path not in chosen]
+        if not matches:
             raise ValueError(f"no notebook {wanted}; there are: {there}")
-        chosen += found
-    if not (chosen := list(dict.fromkeys(path.resolve() for path in chosen or known))):  # each once
+    if not chosen:
         raise ValueError(f"there are no notebooks: {there}")
-    if len({notebook.name for notebook in chosen}) < len(chosen):
+    if len({Path(path).name for path in chosen}) < len(chosen):
         raise ValueError("two of these notebooks have the same name, so one would overwrite the other's output")
     return chosen
 
 
-def typed(value: str) -> bool | int | float | str | None:
+def parse_value(text):
     """A value of the command line, read as papermill's own -p reads it."""
-    if value in ("True", "False", "None"):
-        return {"True": True, "False": False, "None": None}[value]
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
     for kind in (int, float):
         with contextlib.suppress(ValueError):
-            return kind(value)
-    return value
+            return kind(text)
+    return text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m helpers.run", description=__doc__.splitlines()[0])
-    parser.add_argument("notebooks", nargs="*", help="numbers, names or paths; all of notebooks/ without")
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m helpers run", description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="*", help="numbers, names, paths or s3:// URLs; all of notebooks/ without")
     parser.add_argument("-p", nargs=2, action="append", default=[], dest="parameters", metavar=("NAME", "VALUE"),
                         help="a parameter, for each of these notebooks that has it")
-    arguments = parser.parse_intermixed_args(argv)
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="0: one for each GPU")
+    parser.add_argument("-o", "--output", help="folder or s3:// URL for the results; by default in runs/")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that run this together")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="I", help="of this machine, from 0")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="of the first machine")
+    given = parser.parse_intermixed_args(argv)
+    if (given.nodes > 1) != bool(given.rendezvous) or not 0 <= given.node_rank < given.nodes:
+        parser.error("several nodes take --nodes N, --rendezvous HOST:PORT of the first, and --node-rank below N")
+    if given.processes < 0:
+        parser.error(f"--processes is 0 or more, not {given.processes}")
+    execute = run_papermill
+    if given.processes != 1 or given.nodes > 1:
+        execute = functools.partial(run_on_processes, processes=given.processes, nodes=given.nodes,
+                                    node_rank=given.node_rank, rendezvous=given.rendezvous)
     for chatty in ("papermill", "traitlets"):  # what they would log, run_notebooks() prints
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
-    output = Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: kernels are ended, results are written
     try:
-        notebooks = pick(arguments.notebooks)
-        parameters = {name: typed(value) for name, value in arguments.parameters}
-        select_parameters(notebooks, parameters)
+        notebooks = pick(given.notebooks)
+        parameters = {name: parse_value(value) for name, value in given.parameters}
+        output = given.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        outcomes = run_notebooks(notebooks, parameters, None if given.node_rank else output, execute)
     except ValueError as error:
         parser.error(str(error))
-    try:
-        outcomes = run_notebooks(notebooks, parameters, output)
     except storage.StorageError as error:
         parser.exit(1, f"{error}\n")
     except KeyboardInterrupt:

@@ -15,8 +15,8 @@ from servers import ceph, moto  # noqa: E402
 from servers.embedded import connected  # noqa: E402
 
 
-LONGEST = ("test_notebooks.py", "test_notebooks_models.py", "test_training_exact.py", "test_cloud.py", "test_storage.py",
-           "test_bot.py", "test_run.py", "test_convert.py")  # first, so that no process is left with one at the end
+LONGEST = ("test_notebooks.py", "test_notebooks_models.py", "test_training_exact.py", "test_processes.py", "test_rent.py",
+           "test_storage.py", "test_bot.py", "test_run.py", "test_convert.py")  # first, so that none is left for the end
 
 
 def pytest_collection_modifyitems(items):

@@ -27,7 +27,7 @@ METADATA = {"kernelspec": {"name": "python3", "display_name": "Python 3", "langu
 
 def write(folder: Path, name: str, *cells: str) -> Path:
     """A notebook of code cells; '# ' begins a Markdown cell, and a cell of assignments named so is tagged."""
-    made = [new_markdown_cell(cell) if cell.startswith("# ") else new_code_cell(cell) for cell in cells]
+    made = [new_markdown_cell(cell) if cell.startswith("# ") else new_code_cell(cell.strip()) for cell in cells]
     for cell in made:
         if cell.source.startswith("#parameters"):
             cell.metadata.tags = ["parameters"]
@@ -59,7 +59,7 @@ def environment():
 
 
 def command(folder: Path, environment: dict, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "helpers.run", *arguments], cwd=folder, env=environment,
+    return subprocess.run([sys.executable, "-m", "helpers", "run", *arguments], cwd=folder, env=environment,
                           capture_output=True, text=True, timeout=120)
 
 
@@ -103,30 +103,30 @@ def test_goes_on_after_a_failure_and_says_so(finished):
     assert [line.split(",")[0] for line in lines(finished, ("ok", "FAILED"))] == [
         "ok     01_good.ipynb", "FAILED 02_fails.ipynb", "FAILED 03_dies.ipynb", "FAILED 04_leaks.ipynb",
         "ok     05_after.ipynb"]
-    assert len(lines(finished, "2 of 5 notebooks ran well, in ")) == 1
+    assert len(lines(finished, "2 of 5 notebooks succeeded, in ")) == 1
     assert lines(finished, "Results: ") == [f"Results: {os.path.join('runs', finished.output.name, 'index.html')}"]
     assert "KernelApp" not in finished.process.stderr and "cells," not in finished.process.stderr  # no chatter, no bar
 
 
 def test_failure_names_cell_and_error(finished):
     line, = lines(finished, "FAILED 02_fails")  # the injected parameters are In [2], but no cell of the source
-    assert line == "FAILED 02_fails.ipynb, cell 3 (In [3]): ValueError: <b>red</b> and more"
+    assert line == "FAILED 02_fails.ipynb, In [3]: ValueError: <b>red</b> and more"
     assert "       | x = 1\n       | '<u>'\n" in finished.process.stdout and "| ...\n" in finished.process.stdout
     card = finished.cards["02_fails.ipynb"]
-    assert "cell 3 (In [3]): ValueError: <b>red</b> and more" in card.select_one(".error").get_text()
+    assert "In [3]: ValueError: <b>red</b> and more" in card.select_one(".error").get_text()
     assert card.select_one("pre").get_text().startswith("x = 1\n'<u>'") and not card.select("b, u")
     assert "not reached" not in outputs_of(finished.output / "02_fails.ipynb")
 
 
 def test_killed_kernel_is_reported(finished):
     line, = lines(finished, "FAILED 03_dies")
-    assert line.startswith("FAILED 03_dies.ipynb, cell 3 (In [") and "DeadKernelError: Kernel died" in line
+    assert line.startswith(("FAILED 03_dies.ipynb, In [2]", "FAILED 03_dies.ipynb, In [*]")) and "DeadKernelError: Kernel died" in line
     assert "os.kill" in finished.cards["03_dies.ipynb"].select_one("pre").get_text()
 
 
 def test_secrets_are_caught(finished):
     line, = lines(finished, "FAILED 04_leaks")
-    assert "showed AWS_SECRET_ACCESS_KEY, replaced by ***; cell 4 (In [3]): KeyError" in line
+    assert "showed AWS_SECRET_ACCESS_KEY, replaced by ***; In [3]: KeyError" in line
     for file in finished.output.iterdir():
         text = file.read_text(encoding="utf-8")
         assert "XUtnFEMI" not in text, file
@@ -219,12 +219,13 @@ def test_widgets_are_left_out():
 
 def test_picks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, second = (write(Path("notebooks"), name).resolve() for name in ("01_one.ipynb", "02_two.ipynb"))
+    first, second = (str(write(Path("notebooks"), name).resolve()) for name in ("01_one.ipynb", "02_two.ipynb"))
     write(Path("notebooks"), "draft.ipynb")
-    elsewhere = write(tmp_path / "elsewhere", "mine.ipynb")
+    elsewhere = str(write(tmp_path / "elsewhere", "mine.ipynb"))
     assert run.pick([]) == [first, second]
     assert run.pick(["02", "01"]) == [second, first]
-    assert run.pick(["02_two", "02_two.ipynb", "notebooks/02_two.ipynb", str(elsewhere)]) == [second, elsewhere]
+    assert run.pick(["02_two", "02_two.ipynb", "notebooks/02_two.ipynb", elsewhere, "s3://b/x.ipynb"]) == [
+        second, elsewhere, "s3://b/x.ipynb"]
     with pytest.raises(ValueError, match="no notebook 07; there are: 01_one, 02_two"):
         run.pick(["01", "07"])
     with pytest.raises(ValueError, match="same name"):
@@ -260,7 +261,7 @@ def test_values_are_typed_as_papermill_does():
     from papermill.cli import _resolve_type
 
     for text in ("3", "-1", "1e-3", "True", "False", "None", "true", "s3://b/x", "", "nan", "1_000", "03"):
-        assert repr(run.typed(text)) == repr(_resolve_type(text))
+        assert repr(run.parse_value(text)) == repr(_resolve_type(text))
 
 
 def test_run_from_python(tmp_path, monkeypatch):
@@ -272,7 +273,7 @@ def test_run_from_python(tmp_path, monkeypatch):
     shows = write(tmp_path, "shows.ipynb", "import os\nos.environ['AWS_SECRET_ACCESS_KEY']")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     first, second, third = run.run_notebooks([broken, asks, shows], {}, tmp_path / "out")
-    assert (first.status, first.rendered) == ("FAILED", False) and "NotJSONError" in first.error
+    assert (first.status, first.title) == ("FAILED", "") and "NotJSONError" in first.error
     assert (second.status, second.title) == ("ok", "Asks") and second.seconds > 0
     assert (third.status, third.error) == ("FAILED", "the notebook showed AWS_SECRET_ACCESS_KEY, replaced by ***")
     assert outputs_of(tmp_path / "out" / "asks.ipynb") == "'http://from.connect'"
@@ -300,8 +301,8 @@ def test_interrupt_leaves_a_whole_page(tmp_path, environment):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "interrupted 02_slow.ipynb, cell 3 (In [2]): KeyboardInterrupt\n" in printed
-    assert "1 of 3 notebooks ran well" in printed
+    assert "interrupted 02_slow.ipynb, In [2]: KeyboardInterrupt\n" in printed
+    assert "1 of 3 notebooks succeeded" in printed
     with pytest.raises(ProcessLookupError):  # its kernel has ended as well
         os.kill(int(begun.read_text()), 0)
     output = tmp_path / "runs" / "latest"

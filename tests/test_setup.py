@@ -66,7 +66,7 @@ def test_environment_yml_is_python_and_pip_then_the_lock_and_the_project(tmp_pat
 
 def test_make_passes_notebooks_and_parameters_on():
     command = make("run", "NOTEBOOKS=02 03", "ARGS=-p epochs 3").splitlines()[-1]
-    assert command.split()[1:] == "-m helpers.run 02 03 -p epochs 3".split()
+    assert command.split()[1:] == "-m helpers run 02 03 -p epochs 3".split()
 
 
 def test_a_second_make_installs_nothing():
