@@ -1,6 +1,7 @@
 """ConveRT against plainly written references, its data over real S3, its training on one process and on two."""
 
 import gzip
+import itertools
 import json
 import math
 import os
@@ -8,17 +9,22 @@ import random
 import tracemalloc
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
+import chatterbot_corpus
+import nbformat
 import pytest
 import sentencepiece
 import torch
+import yaml
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from executed import BY_NUMBER
 from helpers import experiment, images, storage
-from helpers.chapters import convert, evaluation
 from helpers.callbacks import Checkpoint, ClipGradients, LearningRate
+from helpers.chapters import convert, evaluation
 from helpers.chapters.convert import PADDING, Attention, Batches, ConveRT, Dialogues, Layout, Tokenizer, Tower, collate, preset
 from helpers.training import Callback, TrainLoop
 from servers import free_port
@@ -39,6 +45,17 @@ def s3(embedded_env):
     with connected(embedded_env):
         storage.create_bucket("dialogues")
         yield "s3://dialogues"
+
+
+@pytest.fixture(scope="module")
+def chatterbot(s3):
+    """The dialogues that the page puts into the bucket by default."""
+    cells = nbformat.read(BY_NUMBER["04"], as_version=4).cells
+    [source] = [cell.source for cell in cells if "def read_chatterbot" in cell.source]
+    names = {"Path": Path, "chatterbot_corpus": chatterbot_corpus, "itertools": itertools, "json": json, "yaml": yaml}
+    exec(source.partition("\n\n\n")[0], names)
+    storage.write(f"{s3}/chatterbot.jsonl", "\n".join(names["read_chatterbot"]()).encode())
+    return f"{s3}/chatterbot.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -133,14 +150,18 @@ def plain_reading(model, row):
     return plain_attention(model.reduction, x).sum(0) / math.sqrt(len(row))
 
 
+def unit(x):
+    return x / x.pow(2).sum(-1, keepdim=True).sqrt()
+
+
 def plain_tower(tower, x):
     for layer, norm in zip(tower.layers, tower.norms):
         x = plain_norm(x + plain_gelu(x @ layer.weight.T + layer.bias), norm)
-    return x @ tower.output.weight.T + tower.output.bias
+    return unit(x @ tower.output.weight.T + tower.output.bias)
 
 
 @pytest.mark.parametrize("heads, window", [(1, 2), (2, None), (2, 1), (1, 48)])
-def test_attention_is_that_of_explicit_loops(heads, window):
+def test_attention_equals_explicit_loops(heads, window):
     torch.manual_seed(0)
     layer, rows = Attention(6, 4, 5, heads, window), ids(7, 1, 4)
     with torch.no_grad():
@@ -149,11 +170,11 @@ def test_attention_is_that_of_explicit_loops(heads, window):
     layout = Layout(rows)
     x = torch.randn(12, 6, requires_grad=True)
     weights = [x, *layer.parameters()]
-    found, expected = layer(x, layout), torch.cat([plain_attention(layer, part) for part in x.split([7, 1, 4])])
-    assert close([found], [expected]) and close(gradients(found, weights), gradients(expected, weights))
+    output, expected = layer(x, layout), torch.cat([plain_attention(layer, part) for part in x.split([7, 1, 4])])
+    assert close([output], [expected]) and close(gradients(output, weights), gradients(expected, weights))
 
 
-def test_attention_weights_are_of_the_window_and_sum_to_one():
+def test_attention_weights_stay_within_the_window_and_sum_to_one():
     torch.manual_seed(0)
     layer, layout = Attention(6, 4, 5, 1, window=2), Layout(ids(7, 3))
     queries, keys, _ = (part[:, None] for part in layout.padded(layer.project(torch.randn(10, 6))).split(layer.widths, -1))
@@ -166,33 +187,35 @@ def test_attention_weights_are_of_the_window_and_sum_to_one():
         assert not own[outside].any() and not own[:, length:].any() and own[0, 1] > 0
 
 
-def test_reading_is_that_of_the_paper_written_plainly_and_so_are_its_gradients():
+def test_reading_equals_the_paper_written_plainly_and_so_do_its_gradients():
     model, rows = small(), ids(9, 2, 5, 12)
     weights = [weight for name, weight in model.named_parameters() if "tower" not in name and name != "similarity"]
-    found = model(rows)
+    output = model(rows)
     expected = torch.stack([plain_reading(model, row[row != PADDING].tolist()) for row in rows])
-    assert found.shape == (4, 32)
-    assert close([found], [expected]) and close(gradients(found, weights), gradients(expected, weights))
+    assert output.shape == (4, 32)
+    assert close([output], [expected]) and close(gradients(output, weights), gradients(expected, weights))
 
 
-def test_a_tower_is_three_layers_with_skips_then_a_linear_one():
+def test_a_tower_is_three_layers_with_skips_then_a_linear_one_to_length_1():
     torch.manual_seed(0)
     tower, x = Tower(preset("tiny", **SMALL)), torch.randn(5, 32)
     with torch.no_grad():
         for weight in tower.parameters():
             weight += 0.1 * torch.randn_like(weight)
-    found, expected, weights = tower(x), plain_tower(tower, x), list(tower.parameters())
-    assert found.shape == (5, 16) and len(tower.layers) == 3
-    assert close([found], [expected]) and close(gradients(found, weights), gradients(expected, weights))
+    output, expected, weights = tower(x), plain_tower(tower, x), list(tower.parameters())
+    assert output.shape == (5, 16) and len(tower.layers) == 3
+    assert close([output], [expected]) and close(gradients(output, weights), gradients(expected, weights))
 
 
 @pytest.mark.parametrize("multi_context", [False, True])
 def test_loss_is_a_smoothed_softmax_over_the_replies_of_the_batch(multi_context):
     model = small(multi_context=multi_context)
     batch = {"context": ids(3, 5, 2), "reply": ids(4, 4, 6, seed=1)} | ({"extra": ids(7, 0, 2, seed=2)} if multi_context else {})
-    unit = lambda x: x / x.pow(2).sum(-1, keepdim=True).sqrt()
-    read = lambda name, tower: unit(plain_tower(tower, torch.stack(
-        [plain_reading(model, row[row != PADDING].tolist()) if row.any() else torch.zeros(32) for row in batch[name]])))
+
+    def read(name, tower):
+        return plain_tower(tower, torch.stack([plain_reading(model, row[row != PADDING].tolist()) if row.any()
+                                               else torch.zeros(32) for row in batch[name]]))
+
     contexts, replies = [read("context", model.context_tower)], read("reply", model.reply_tower)
     if multi_context:
         extra = read("extra", model.extra_tower)
@@ -206,8 +229,8 @@ def test_loss_is_a_smoothed_softmax_over_the_replies_of_the_batch(multi_context)
             for j, score in enumerate(scores):
                 target = 0.2 / 3 + 0.8 * (i == j)
                 expected = expected - target * (score.exp() / total).log() / 3 / len(contexts)
-    found, weights = model.get_loss(batch), list(model.parameters())
-    assert close([found], [expected]) and close(gradients(found, weights), gradients(expected, weights))
+    loss, weights = model.get_loss(batch), list(model.parameters())
+    assert close([loss], [expected]) and close(gradients(loss, weights), gradients(expected, weights))
 
 
 def test_c_stays_between_0_and_the_root_of_the_width():
@@ -264,7 +287,7 @@ def test_a_model_with_several_contexts_takes_texts_and_lists_of_turns(tokenizer)
     assert torch.equal(plain, alone) and (plain - older).abs().max() > 1e-3
     batch = collate([{"turns": TEXTS[:3], "reply": TEXTS[3]}], model.tokenizer, multi_context=True)
     assert model.tokenizer([f"{TEXTS[1]} {TEXTS[2]}"])[0] == batch["extra"][0].tolist(), "newest first, one text"
-    assert torch.allclose(F.normalize(model.eval().encode(batch)[0][2], dim=1)[0], older, atol=1e-5)
+    assert torch.allclose(model.eval().encode(batch)[0][2][0], older, atol=1e-5)
     many = model.encode_context([[TEXTS[0], *[f"turn {i}" for i in range(30)]], [TEXTS[0], *[f"turn {i}" for i in range(10)]]])
     assert torch.allclose(many[0], many[1]), "ten turns and no more"
 
@@ -283,15 +306,17 @@ def test_tokenizer_from_anywhere_hashes_what_it_does_not_know_and_cuts_long_text
     config = preset("tiny", **SMALL)
     if kind != "trained":
         storage.write(f"{s3}/{kind}", tokenizer.model if kind == "tokenizers" else sentencepiece_model(tmp_path))
-        tokenizer = Tokenizer.load(f"{s3}/{kind}", config)
+        tokenizer = Tokenizer(storage.read(f"{s3}/{kind}"), config)
     known, chinese, russian = tokenizer(["and you?", "and 日本 you?", "and москва you?"])
     assert all(0 < id <= 300 for id in known) and tokenizer(["and you?"])[0] == known
     [bucket], [other] = ([id for id in row if id > 300] for row in (chinese, russian))
     assert 301 <= bucket <= 320 and 301 <= other <= 320 and bucket != other and len(chinese) > 2
     assert [id for id in chinese if id <= 300] == [id for id in russian if id <= 300]
     assert [len(row) for row in tokenizer(["you " * 100, ""])] == [60, 0]
-    again = Tokenizer(tokenizer.model, config)
-    assert again(TEXTS) == tokenizer(TEXTS)
+    assert Tokenizer(tokenizer.model, config)(TEXTS) == tokenizer(TEXTS)
+    for text in (*TEXTS, "and москва you?", "you " * 100, ""):
+        assert len(tokenizer.pieces(text)) == len(tokenizer([text])[0])
+        assert text.startswith("".join(tokenizer.pieces(text)).lstrip(" "))
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer):
@@ -316,8 +341,7 @@ def test_a_model_saved_to_s3_encodes_the_same_when_loaded(s3):
 
 def test_training_sees_eight_and_sixteen_bits_and_the_saved_model_has_no_more(s3):
     model, plain = small(quantize=True), small()
-    plain.load_state_dict({name.replace("parametrizations.", "").replace(".original", ""): weight
-                           for name, weight in model.state_dict().items()})
+    plain.load_state_dict(convert.plain_state(model))
     convert.save(model.eval(), f"{s3}/models/quantized")
     loaded = convert.load(f"{s3}/models/quantized")
     assert torch.allclose(loaded.encode_reply(TEXTS), model.encode_reply(TEXTS), atol=1e-6)
@@ -335,8 +359,8 @@ def test_training_sees_eight_and_sixteen_bits_and_the_saved_model_has_no_more(s3
 
 def test_gradients_go_straight_through_what_is_rounded():
     rounded, plain = small(quantize=True), small()
-    saved = io_round(rounded)
-    plain.load_state_dict(saved)
+    convert.save(rounded, "memory://rounded")
+    plain.load_state_dict(convert.load("memory://rounded").state_dict())
     batch = {"context": ids(3, 5, 2), "reply": ids(4, 4, 6, seed=1)}
     for model in (rounded, plain):
         model.get_loss(batch).backward()
@@ -344,12 +368,6 @@ def test_gradients_go_straight_through_what_is_rounded():
              for name, weight in rounded.named_parameters()}
     assert all(torch.allclose(names[name], weight.grad, atol=1e-5) for name, weight in plain.named_parameters())
     assert names["pieces.weight"].any() and names["blocks.0.attention.bias"].any()
-
-
-def io_round(model):
-    """The weights that a quantized model computes with."""
-    convert.save(model, "memory://rounded")
-    return convert.load("memory://rounded").state_dict()
 
 
 def test_the_paper_preset_quantized_takes_no_more_than_59_mb(tmp_path):
@@ -406,20 +424,20 @@ def test_a_file_is_read_as_it_arrives_and_not_kept(tmp_path):
     assert peak < 4e6
 
 
-def test_split_puts_each_context_on_one_side_always():
-    parts = {split: {(example["turns"][0].lower(), example["reply"]) for example in Dialogues("chatterbot", split)}
+def test_split_puts_each_context_on_one_side_always(chatterbot):
+    parts = {split: {(example["turns"][0].lower(), example["reply"]) for example in Dialogues(chatterbot, split)}
              for split in ("", "train", "held_out")}
     assert parts[""] == parts["train"] | parts["held_out"] and len(parts[""]) > 1000
     assert not {context for context, _ in parts["train"]} & {context for context, _ in parts["held_out"]}
-    pairs = [convert.split(example) for example in ({"thread": "a", "turns": [text]} for text in TEXTS)]
+    pairs = [convert.assign_split(example) for example in ({"thread": "a", "turns": [text]} for text in TEXTS)]
     assert len(set(pairs)) == 1, "a thread is never divided"
     assert 0.1 < len(parts["held_out"]) / len(parts[""]) < 0.2
 
 
-def test_chatterbot_has_topics_and_older_turns_and_no_pair_twice():
-    found = list(Dialogues("chatterbot"))
-    assert len({(example["turns"][0], example["reply"]) for example in found}) == len(found)
-    assert len({example["topic"] for example in found}) > 15 and any(len(example["turns"]) > 3 for example in found)
+def test_chatterbot_has_topics_and_older_turns_and_no_pair_twice(chatterbot):
+    pairs = list(Dialogues(chatterbot))
+    assert len({(pair["turns"][0], pair["reply"]) for pair in pairs}) == len(pairs)
+    assert len({pair["topic"] for pair in pairs}) > 15 and any(len(pair["turns"]) > 3 for pair in pairs)
 
 
 @pytest.mark.parametrize("files", [1, 8])
@@ -428,14 +446,14 @@ def test_workers_and_processes_share_the_lines_each_once(files, s3, monkeypatch)
         write(f"{s3}/shared{files}/{number}.jsonl", records(48 // files, number * 48 // files))
     dialogues = Dialogues(f"{s3}/shared{files}")
     tokenizer = Tokenizer.train([example["reply"] for example in dialogues], preset("tiny", **SMALL))
-    found = []
+    replies = []
     for process in range(2):
         monkeypatch.setenv("RANK", str(process))
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert len(list(dialogues)) == 48, "who only reads, reads everything"
         loader = images.loader(Batches(dialogues, tokenizer, 2, 48), None, num_workers=2)
-        found += [tuple(row.tolist()) for batch in loader for row in batch["reply"]]
-    assert len(found) == len(set(found)) == 48
+        replies += [tuple(row.tolist()) for batch in loader for row in batch["reply"]]
+    assert len(replies) == len(set(replies)) == 48
 
 
 def test_batches_are_of_like_length_in_random_order_and_the_same_for_a_seed(s3, tokenizer):
@@ -495,15 +513,16 @@ def test_training_cut_off_within_an_epoch_goes_on_exactly(s3):
                 raise KeyboardInterrupt
 
     loops = [make_loop(s3, piece_dropout=0.1) for _ in range(3)]
-    checkpoint = lambda: Checkpoint(f"{s3}/checkpoints", every=3)
+    checkpoint = partial(Checkpoint, f"{s3}/checkpoints", every=3)
     torch.manual_seed(5)
     loops[0].fit(3)
     torch.manual_seed(5)
     with pytest.raises(KeyboardInterrupt):
         loops[1].fit(3, callbacks=[checkpoint(), CutOff()])
     loops[2].fit(3, callbacks=[checkpoint()])
-    drop = lambda history: [{name: value for name, value in row.items() if "per_second" not in name} for row in history]
-    assert drop(loops[0].history) == drop(loops[2].history)
+    whole, resumed = ([{name: value for name, value in row.items() if "per_second" not in name} for row in loop.history]
+                      for loop in (loops[0], loops[2]))
+    assert whole == resumed
     assert all(torch.equal(one, other) for one, other in zip(loops[0].model.parameters(), loops[2].model.parameters()))
 
 
@@ -555,8 +574,8 @@ def test_two_processes_with_half_the_batch_learn_from_the_whole_one():
         assert torch.allclose(torch.tensor(weight), torch.tensor(two[0][name]), atol=1e-5), name
 
 
-def test_512_pairs_are_learned_by_heart():
-    pairs = [example for example in Dialogues("chatterbot") if len(example["reply"]) < 60][:512]
+def test_it_overfits_512_pairs(chatterbot):
+    pairs = [example for example in Dialogues(chatterbot) if len(example["reply"]) < 60][:512]
     config = preset("tiny", piece_dropout=0.0)
     torch.manual_seed(0)
     tokenizer = Tokenizer.train((text for pair in pairs for text in (pair["turns"][0], pair["reply"])), config)
