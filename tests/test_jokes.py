@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import transformers
 from servers.embedded import connected
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, BertTokenizer
 
-from helpers import experiment, storage
+from helpers import storage
 from helpers.chapters import jokes
 from helpers.chapters.evaluation import language_modelling
 from helpers.training import TrainLoop
@@ -49,7 +50,7 @@ def written(url, rows, **options):
 
 def untrained(max_length=64):
     torch.manual_seed(0)
-    return jokes.base_model("", PAIRS, max_length)
+    return jokes.load_base("", PAIRS, max_length)
 
 
 def one_batch(packed):
@@ -73,15 +74,26 @@ def trained(one_thread):
 ROWS = [("Why?", "Because."), ("Who, me?", 'Yes, "you".'), ("Où est l’œuf?", "Line one\nline two")]
 
 
-@pytest.mark.parametrize("dialect", [{}, {"delimiter": ";"}, {"delimiter": "\t"},
-                                     {"delimiter": "|", "lineterminator": "\n"}, {"quoting": csv.QUOTE_ALL},
-                                     {"quotechar": "'", "quoting": csv.QUOTE_ALL},
-                                     {"quoting": csv.QUOTE_ALL, "doublequote": False, "escapechar": "\\"}], ids=str)
-@pytest.mark.parametrize("place", ["local", "s3"])
-def test_any_dialect_is_read_from_a_path_or_a_bucket(dialect, place, tmp_path):
-    url = tmp_path / "jokes.csv" if place == "local" else "s3://jokes/some/jokes.csv"
-    written(url, [("ID", "Question", "Answer"), *((i, *row) for i, row in enumerate(ROWS))], **dialect)
-    assert jokes.read(url) == (ROWS, 0)
+DIALECTS = [{}, {"delimiter": ";"}, {"delimiter": "\t"}, {"delimiter": "|", "lineterminator": "\n"},
+            {"quoting": csv.QUOTE_ALL}, {"quotechar": "'", "quoting": csv.QUOTE_ALL},
+            {"quoting": csv.QUOTE_ALL, "doublequote": False, "escapechar": "\\"}]
+
+
+def test_any_dialect_is_read_from_a_path_or_a_bucket(tmp_path):
+    for dialect in DIALECTS:
+        for url in (tmp_path / "jokes.csv", "s3://jokes/some/jokes.csv"):
+            written(url, [("ID", "Question", "Answer"), *((i, *row) for i, row in enumerate(ROWS))], **dialect)
+            assert jokes.read(url) == (ROWS, 0), (dialect, url)
+
+
+def test_a_relative_path_is_one_of_the_project_unless_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(jokes.read("data_samples/jokes.csv")[0]) > 500
+    Path("data_samples").mkdir()
+    written("data_samples/jokes.csv", [("Question", "Answer"), ROWS[0]])
+    assert jokes.read("data_samples/jokes.csv") == (ROWS[:1], 0)
+    with pytest.raises(storage.NotFound, match="none.csv"):
+        jokes.read("none.csv")
 
 
 def test_columns_are_found_by_name_in_any_order_and_case(tmp_path):
@@ -101,6 +113,15 @@ def test_a_file_without_these_columns_is_an_error_that_names_those_it_has(tmp_pa
         jokes.read(path)
     with pytest.raises(storage.NotFound, match="other.csv"):
         jokes.read(tmp_path / "other.csv")
+
+
+def test_a_hundred_thousand_broken_rows_take_no_longer_each_than_a_few(tmp_path):
+    kinds = ["1,Too few", "2,Too,many,fields", '3,"He said "what"",no', '4,"A quote that never ends', "5,Fine?,Fine."]
+    (tmp_path / "jokes.csv").write_text("ID,Question,Answer\n" + "\n".join(kinds * 25_000))
+    started = time.process_time()
+    rows, broken = jokes.read(tmp_path / "jokes.csv")
+    assert broken == 100_000 and rows == [("Fine?", "Fine.")] * 25_000
+    assert time.process_time() - started < 5  # it was 13 when each broken row copied the rest
 
 
 def test_broken_rows_are_counted_and_take_no_other_with_them(tmp_path):
@@ -182,7 +203,6 @@ def test_near_duplicates_are_found_among_thousands():
     found = jokes.near_duplicates(many + copies)
     assert found[:len(many)] == [None] * len(many)
     assert sum(twin == joke for twin, joke in zip(found[len(many):], many[::10])) > 0.97 * len(copies)
-    assert jokes.near_duplicates([many[3], ("New", "joke")], known=many) == [many[3], None]
 
 
 # ------------------------------------------------------------------------------------------------------ for the model
@@ -218,7 +238,7 @@ def bert(folder):
 
 @pytest.fixture(params=["gpt2", "bert"])
 def model_and_tokenizer(request, tmp_path):
-    return untrained() if request.param == "gpt2" else jokes.base_model(bert(tmp_path), PAIRS, 64)
+    return untrained() if request.param == "gpt2" else jokes.load_base(bert(tmp_path), PAIRS, 64)
 
 
 def test_packed_logits_are_those_of_each_joke_alone(model_and_tokenizer):
@@ -342,7 +362,7 @@ def test_what_was_cut_off_while_saving_is_no_model(saved, trained, monkeypatch):
         if target.endswith("model.safetensors"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "write", cut)
+    monkeypatch.setattr(storage, "write", cut)
     with pytest.raises(KeyboardInterrupt):
         jokes.save(*trained[:2], url)
     with pytest.raises(storage.NotFound, match="notebook 05"):
@@ -368,14 +388,14 @@ def test_a_model_that_has_learned_no_jokes_or_is_a_pickle_is_refused_in_one_sent
 
 
 def test_a_model_of_the_bucket_is_trained_further_with_its_own_tokenizer(saved, trained):
-    model, tokenizer = jokes.base_model(saved, PAIRS, 32)
+    model, tokenizer = jokes.load_base(saved, PAIRS, 32)
     assert tokenizer.get_vocab() == trained[1].get_vocab() and tokenizer.model_max_length == 32
     assert torch.equal(model.lm_head.weight, trained[0].lm_head.weight)
-    assert jokes.base_model(saved, PAIRS, 1000)[1].model_max_length == 64  # more it cannot take
+    assert jokes.load_base(saved, PAIRS, 1000)[1].model_max_length == 64  # more it cannot take
 
 
 def test_bert_as_a_decoder_learns_is_saved_and_tells(tmp_path):
-    model, tokenizer = jokes.base_model(bert(tmp_path), PAIRS, 64)
+    model, tokenizer = jokes.load_base(bert(tmp_path), PAIRS, 64)
     assert isinstance(model, BertLMHeadModel) and model.config.is_decoder
     data = jokes.PackedRows(jokes.encode(tokenizer, PAIRS), 64, tokenizer.pad_token_id)
     loader, optimizer = torch.utils.data.DataLoader(data, 8), torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -410,7 +430,7 @@ def alone(code, **environment):
 
 
 def test_offline_a_hub_name_is_one_sentence_that_says_how_to_mirror(tmp_path):
-    said = alone('jokes.base_model("gpt2", [], 64)', HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    said = alone('jokes.load_base("gpt2", [], 64)', HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert len(said) == 1 and said[0].startswith("NotFound There is no folder 'gpt2', and the Hugging Face Hub")
     assert "jokes.mirror('gpt2', 's3://bucket/models/name')" in said[0]
 
@@ -449,8 +469,8 @@ def test_a_model_of_the_hub_is_mirrored_into_the_bucket_and_used_from_there(tmp_
                      HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}", HF_HUB_DISABLE_XET="1")
         server.shutdown()
     assert said == [] and any(name.startswith("/some/bert/resolve/") for name in Hub.asked)
-    model, tokenizer = jokes.base_model("s3://jokes/mirrored", PAIRS, 64)
-    own, _ = jokes.base_model(str(Hub.folder), PAIRS, 64)
+    model, tokenizer = jokes.load_base("s3://jokes/mirrored", PAIRS, 64)
+    own, _ = jokes.load_base(str(Hub.folder), PAIRS, 64)
     weight = "bert.encoder.layer.0.attention.self.query.weight"
     assert torch.equal(model.state_dict()[weight], own.state_dict()[weight]) and isinstance(model, BertLMHeadModel)
     assert len(jokes.encode(tokenizer, PAIRS)[0]) < 30
