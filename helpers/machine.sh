@@ -1,5 +1,5 @@
-# What a rented machine does, whatever happens: work, keep the log in S3, and end itself. Above this stand what
-# cloud.user_data gives: JOB (an s3:// URL), MAX_SECONDS, AWS_…, and the words of `python -m helpers.cloud`.
+# What a rented machine does: work, keep the log in S3, and end itself in any case. Above this, make_user_data puts
+# JOB (an s3:// URL), MAX_SECONDS, AWS_…, and the words of `python -m helpers`.
 trap "shutdown -h now" EXIT
 export HOME=${HOME:-/root} TMPDIR=${TMPDIR:-/var/tmp}  # on the disk: /tmp may be memory, too small for PyTorch
 export UPLOAD_EVERY=${UPLOAD_EVERY:-60} VENV=${VENV:-.venv} PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
@@ -44,7 +44,7 @@ work() {
     tar -xzf source.tar.gz -C project
     cd project
     make PYTHON="$PYTHON" setup
-    "$VENV/bin/python" -m helpers.cloud "$@"
+    "$VENV/bin/python" -m helpers "$@"
 }
 
 set -m  # each background job is a process group, so that all of it can be ended

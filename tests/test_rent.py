@@ -1,16 +1,14 @@
-"""Notebooks on several processes and machines, what happens when they break, and a rented machine's whole life.
+"""A rented machine's whole life: what is checked, asked for and told, and what its script does.
 
 The machines are moto's, which only keeps what it is told; their script runs here, as a child of the tests.
 """
 
 import base64
 import contextlib
-import csv
 import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -24,309 +22,25 @@ import botocore.httpsession
 import nbformat
 import psutil
 import pytest
-import torch
-from nbformat.v4 import new_code_cell, new_notebook
-from servers import embedded, free_port
+from servers import embedded
 
-from helpers import cloud, experiment, storage
-from helpers import run as runner
+from helpers import run, storage
+from helpers.chapters import rent
+from test_processes import end
+from test_run import outputs_of, write
 
-METADATA = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
-TRAIN = ("#parameters\nbatch_size = 64\nplace = ''\nnote = 'none'", """
-import os, socket, torch
-from IPython.display import display
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from helpers import experiment
-from helpers.training import TrainLoop
-torch.set_num_threads(1)
-run = experiment.Run(f"{place}/runs", note=note)""", """
-torch.manual_seed(0)
-inputs = torch.randn(96, 6)
-data = TensorDataset(inputs, (inputs[:, 0] > inputs[:, 1]).long())
-model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
-train, val = (DataLoader(data, batch_size) for _ in range(2))
-loop = TrainLoop(model, train, val, optimizer=torch.optim.SGD(model.parameters(), 0.5), criterion=nn.CrossEntropyLoss())
-loop.fit(3)
-run.save_history(loop.history)
-run.save_model(model)
-experiment.save_model(model, f"{place}/model", note=note)
-print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "on", socket.gethostname())
-print(os.environ.get("AWS_SECRET_ACCESS_KEY"))
-results = {"note": note, "steps": loop.steps, "val_loss": loop.history[-1]["val_loss"]}
-run.finish(results)
-display({"application/json": results}, raw=True)""")
-MEET = ("#parameters\nmeets = False\nfails = False", """
-import os, time
-from pathlib import Path
-rank = os.environ["RANK"]
-if meets:
-    from torch import distributed
-    distributed.init_process_group("gloo")
-Path(f"begun-{rank}").write_text(str(os.getpid()))""", """
-if rank == "1" or not meets:
-    time.sleep(0 if fails else 600)
-    raise ValueError("no luck today")
-distributed.barrier()  # where process 0 waits for the other one""")
-
-
-def write(path, *cells):
-    made = [new_code_cell(cell.strip()) for cell in cells]
-    for cell in made:
-        cell.metadata.tags = ["parameters"] * cell.source.startswith("#parameters")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(new_notebook(cells=made, metadata=METADATA), path)
-    return path
-
-
-def printed(path):
-    notebook = path if isinstance(path, nbformat.NotebookNode) else nbformat.read(path, as_version=4)
-    return "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
-
-
-def start(folder, env, *words, prefix=()):
-    return subprocess.Popen([*prefix, sys.executable, "-m", "helpers.cloud", *map(str, words)], cwd=folder, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process, seconds=180):
-    """(exit code, stdout, stderr); with what is left of it after that killed, and an error for a hang."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    try:
-        return (lambda said: (process.returncode, *said))(process.communicate(timeout=seconds))
-    finally:
-        end(process, *family)
-
-
-def end(*processes):
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            process.kill()
-
-
-def left(processes, seconds=5):
-    """Those of the processes that have not ended after some seconds."""
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    return [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-
-
-@pytest.fixture(scope="module")
-def environment(moto_env):
-    """What a user has set who has an S3, with a key whose secret can be told from other text."""
-    mine = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    return mine | moto_env | {"AWS_SECRET_ACCESS_KEY": SECRET}
-
-
-def outcome(folder, name, exit_code, stdout, stderr):
-    assert exit_code == 0, stderr
-    [run] = (folder / "runs").iterdir()
-    rows = list(csv.DictReader((run / "history.csv").read_text().splitlines()))
-    return SimpleNamespace(
-        run=run, stdout=stdout, executed=nbformat.read(folder / name, as_version=4),
-        weights=experiment.load_model(str(folder / "model"))[0], config=experiment.load_model(str(folder / "model"))[1],
-        history=torch.tensor([[float(row[name]) for name in ("epoch", "train_loss", "val_loss")] for row in rows]))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, environment):
-    """The same training in one process and in two, side by side."""
-    folder, started = tmp_path_factory.mktemp("trained"), {}
-    notebook = write(folder / "train.ipynb", *TRAIN)
-    for count in (1, 2):
-        place = folder / str(count)
-        started[count] = start(folder, environment, "run", notebook, "--processes", count, "-o", place / "out.ipynb",
-                               "-p", "place", place, "-p", "batch_size", 16 // count, "-p", "note", "so ein Glück")
-    return {count: outcome(folder / str(count), "out.ipynb", *finish(process)) for count, process in started.items()}
-
-
-def same(one, other):
-    torch.testing.assert_close(one.history, other.history, rtol=1e-4, atol=1e-5)
-    assert one.weights.keys() == other.weights.keys()
-    for name, weights in one.weights.items():
-        torch.testing.assert_close(weights, other.weights[name], rtol=1e-4, atol=1e-5)
-
-
-def test_two_processes_with_half_the_batch_come_to_what_one_comes_to(trained):
-    same(trained[1], trained[2])
-    assert len(trained[1].history) == 3 and trained[1].history[-1, 1] < 0.9 * trained[1].history[0, 1]
-    assert runner.read_results(trained[1].executed)["steps"] == runner.read_results(trained[2].executed)["steps"] == 18
-
-
-def test_two_processes_leave_one_run_and_one_notebook_that_of_process_0(trained):
-    names = {str(path.relative_to(trained[2].run)) for path in trained[2].run.rglob("*") if path.is_file()}
-    weights = {name for name in names if name.startswith("model/model-")}
-    assert len(weights) == 1 and names - weights == {
-        "hyperparameters.json", "environment.json", "code.py", "history.csv", "model/model.json", "metrics.json",
-        "manifest.json"}
-    assert f"rank 0 of 2 on {os.uname().nodename}" in printed(trained[2].executed)
-    assert "rank 0 of 1" in printed(trained[1].executed)
-    assert {path.name for path in trained[2].run.parent.parent.iterdir()} == {"out.ipynb", "model", "runs"}
-
-
-def test_parameters_arrive_and_results_are_printed(trained):
-    for one in trained.values():
-        [injected] = [cell.source for cell in one.executed.cells if "injected-parameters" in cell.metadata.tags]
-        assert "note = " in injected and one.config == {"note": "so ein Glück"}
-        results = json.loads(one.stdout[one.stdout.index("{\n"):])
-        assert results == runner.read_results(one.executed) and results["note"] == "so ein Glück"
-        assert "out.ipynb\n" in one.stdout
-
-
-def test_secret_that_a_notebook_prints_is_not_in_what_is_kept(trained):
-    for one in trained.values():
-        assert "***" in printed(one.executed)
-        kept = [path.read_bytes() for path in one.run.parent.parent.rglob("*") if path.is_file()]
-        assert len(kept) > 8 and not any(SECRET.encode() in data for data in kept)
-        assert SECRET not in one.stdout
-
-
-# ------------------------------------------------------------------------------------------------------- two hosts
-
-
-@pytest.fixture
-def hosts():
-    """Two network namespaces joined by a cable, each with a loopback of its own: (names, addresses)."""
-    names, net = [f"cloud{os.getpid()}{side}" for side in "ab"], f"10.{os.getpid() % 250}.77"
-    ip = lambda *words, check=True: subprocess.run(["ip", *words], check=check, capture_output=True)  # noqa: E731
-    try:
-        try:
-            for name in names:
-                ip("netns", "add", name)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"needs root and `ip netns add`: {getattr(error, 'stderr', b'').decode() or error}")
-        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
-        for number, name in enumerate(names, 1):
-            ip("-n", name, "addr", "add", f"{net}.{number}/24", "dev", "cable")
-            for device in ("lo", "cable"):
-                ip("-n", name, "link", "set", device, "up")
-        yield names, f"{net}.1"
-    finally:
-        for name in names:
-            ip("netns", "del", name, check=False)
-
-
-def test_two_hosts_come_to_what_one_process_comes_to(tmp_path, trained, environment, hosts):
-    names, first = hosts
-    notebook, place = write(tmp_path / "train.ipynb", *TRAIN), tmp_path / "two"
-    env = {name: value for name, value in environment.items() if not name.startswith("AWS_")}
-    env |= {"GLOO_SOCKET_IFNAME": "cable", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-    rendezvous = f"{first}:{free_port()}"
-    nodes = [start(tmp_path, env, "run", notebook, "--nodes", 2, "--node-rank", rank, "--rendezvous", rendezvous, "-o",
-                   place / "out.ipynb", "-p", "place", place, "-p", "batch_size", 8,
-                   prefix=["ip", "netns", "exec", name])
-             for rank, name in enumerate(names)]
-    try:
-        said = [finish(node) for node in nodes]
-    finally:
-        end(*nodes)
-    assert [code for code, _, _ in said] == [0, 0], said
-    both = outcome(place, "out.ipynb", *said[0])
-    same(both, trained[1])
-    assert "rank 0 of 2" in printed(both.executed) and runner.read_results(both.executed)["steps"] == 18
-    assert "val_loss" in said[0][1] and "val_loss" not in said[1][1]
-
-
-# ------------------------------------------------------------------------------------------------ when things break
-
-
-class Broken:
-    """Two processes in the middle of a notebook; with all that belongs to them, and what they said in the end."""
-
-    def __init__(self, folder, environment, *words):
-        self.folder, self.process = folder, start(folder, environment, "run", write(folder / "meet.ipynb", *MEET),
-                                                  "--processes", 2, "-o", "out.ipynb", *words)
-
-    def begin(self):
-        deadline = time.monotonic() + 60
-        while not all((self.folder / f"begun-{rank}").exists() for rank in (0, 1)):
-            assert self.process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(0.3)
-        self.family = psutil.Process(self.process.pid).children(recursive=True)
-        self.kernels = [psutil.Process(int((self.folder / f"begun-{rank}").read_text())) for rank in (0, 1)]
-        self.ranks = [kernel.parent() for kernel in self.kernels]
-        assert {*self.kernels, *self.ranks} <= {*self.family}
-
-    def finish(self, seconds=20):
-        self.code, self.stdout, self.stderr = finish(self.process, seconds)
-        assert not left(self.family), (self.code, self.stderr)
-
-
-@pytest.fixture
-def broken(tmp_path, environment, request):
-    one = Broken(tmp_path, environment, *getattr(request, "param", ()))
-    try:
-        one.begin()
-        yield one
-    finally:
-        end(one.process, *getattr(one, "family", ()))
-
-
-def test_error_in_one_process_is_told_once_with_its_number_and_not_what_it_did_to_the_other(tmp_path, environment):
-    one = Broken(tmp_path, environment, "-p", "meets", "True", "-p", "fails", "True")
-    try:
-        code, _, stderr = finish(one.process)
-    finally:
-        end(one.process)
-    assert code == 1
-    assert stderr == "process 1: In [4]: ValueError: no luck today\n"
-    kernels = [psutil.Process(int(path.read_text())) for path in tmp_path.glob("begun-*")
-               if psutil.pid_exists(int(path.read_text()))]
-    assert not left(kernels)
-
-
-def test_killed_kernel_is_told_with_the_number_of_its_process(broken):
-    broken.kernels[1].kill()
-    broken.finish()
-    assert broken.code == 1
-    assert re.fullmatch(r"process 1: DeadKernelError: Kernel died \(killed from outside, .*\)\n", broken.stderr)
-
-
-@pytest.mark.parametrize("broken", [("-p", "meets", "True")], indirect=True, ids=["while the other waits"])
-def test_killed_process_is_told_with_its_number_and_takes_its_kernel_along(broken):
-    broken.ranks[1].kill()
-    broken.finish()
-    assert broken.code == 1
-    assert re.fullmatch(r"process 1: ended by itself, exit code -9 \(.*\)\n", broken.stderr)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_signal_to_the_launcher_ends_all_of_it(broken, number):
-    broken.process.send_signal(number)
-    broken.finish()
-    if number == signal.SIGKILL:  # it can say and save nothing
-        return
-    assert broken.code == 130 and broken.stderr == ""
-    assert any("distributed.barrier" in cell.source for cell in nbformat.read(broken.folder / "out.ipynb", 4).cells)
-
-
-@pytest.mark.parametrize("words, code, sentence", [
-    (("--processes", "-1"), 1, "--processes is 1 or more, not -1."),
-    (("--nodes", "2"), 1, "Several nodes take"), (("--rendezvous", "10.0.0.1:29500"), 1, "Several nodes take"),
-    (("--nodes", "2", "--node-rank", "2", "--rendezvous", "10.0.0.1:29500"), 1, "Several nodes take"),
-    (("-p", "nobody", "1"), 2, "error: no parameter nobody in these notebooks; there are: fails, meets\n")])
-def test_wrong_words_are_told_in_a_sentence_and_start_nothing(words, code, sentence, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(storage, "connect", lambda: pytest.fail("connects"))
-    write(tmp_path / "meet.ipynb", *MEET)
-    with pytest.raises(SystemExit) as stopped:
-        cloud.main(["run", "meet.ipynb", *words])
-    said = capsys.readouterr().err
-    assert stopped.value.code == code and sentence in said.splitlines(True)[-1] and "Traceback" not in said
-    assert [path.name for path in tmp_path.rglob("*")] == ["meet.ipynb"]
 
 
 def test_unknown_notebook_is_told_in_a_sentence_and_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for command in ("run",), ("submit", "--image-id", "ami-1", "--instance-type", "t3.micro"):
+    words = ["submit", "99", "--image-id", "ami-1", "--instance-type", "t3.micro"]
+    for profile, said in (([], "required: --instance-profile"),
+                          (["--instance-profile", "x"], "error: no notebook 99; there are: none in")):
         with pytest.raises(SystemExit) as stopped:
-            cloud.main([*command, "99"])
-        assert stopped.value.code == 2 and "error: no notebook 99; there are: none in" in capsys.readouterr().err
+            rent.main([*words, *profile])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-# ------------------------------------------------------------------------------------------------- rented machines
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +55,7 @@ def account(moto_env, tmp_path_factory):
         words = {"--image-id": image["ImageId"], "--instance-type": "g4dn.xlarge", "--instance-profile": name,
                  "--key-name": name, "--security-group": group}
         yield SimpleNamespace(ec2=ec2, name=name, image=image, group=group, words=words,
-                              notebook=write(tmp_path_factory.mktemp("account") / "show.ipynb", *SHOW))
+                              notebook=write(tmp_path_factory.mktemp("account"), "show.ipynb", *SHOW))
 
 
 @pytest.fixture
@@ -375,7 +89,7 @@ def submit(rented, capsys, *words, **changed):
     """Exit code of the command line, and the instance or the error."""
     code = 0
     try:
-        code = cloud.main(command_line(rented, *words, **changed))
+        code = rent.main(command_line(rented, *words, **changed))
     except SystemExit as stopped:
         code = stopped.code
     said = capsys.readouterr()
@@ -402,7 +116,7 @@ def test_machine_is_as_asked_for_tagged_and_ends_when_it_shuts_down(rented, caps
     made = describe(rented, instance)
     tags = {tag["Key"]: tag["Value"] for tag in made["Tags"]}
     assert tags.pop("Job").startswith(f"s3://{rented.bucket}/jobs/show/20")
-    assert tags == {"Name": "show", "Project": cloud.PROJECT}
+    assert tags == {"Name": "show", "Project": rent.PROJECT}
     assert made["InstanceType"] == "g4dn.xlarge" and made["InstanceLifecycle"] == "spot"
     assert made["IamInstanceProfile"]["Arn"].endswith(f"/{rented.name}") and made["KeyName"] == rented.name
     assert [group["GroupId"] for group in made["SecurityGroups"]] == [rented.group]
@@ -425,7 +139,7 @@ def test_what_ec2_is_asked_for(rented, capsys, monkeypatch):
     assert given["InstanceMarketOptions"] == {"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}}
     assert (given["MinCount"], given["MaxCount"]) == (1, 1)
     assert [tags["ResourceType"] for tags in given["TagSpecifications"]] == ["instance", "volume"]
-    assert all({"Key": "Project", "Value": cloud.PROJECT} in tags["Tags"] for tags in given["TagSpecifications"])
+    assert all({"Key": "Project", "Value": rent.PROJECT} in tags["Tags"] for tags in given["TagSpecifications"])
     asked.clear()
     assert submit(rented, capsys, key_name=None, security_group=None)[0] == 0
     [given] = [given for name, given in asked if name == "RunInstances"]
@@ -447,7 +161,7 @@ def test_script_names_amazons_s3_where_no_address_is_set(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_REGION", "eu-central-1")
     monkeypatch.setattr(storage, "client", lambda: boto3.session.Session(region_name="eu-central-1").client("s3"))
-    script = cloud.user_data("s3://b/jobs/x", 1)
+    script = rent.make_user_data("s3://b/jobs/x", "02_train", 1)
     assert "export AWS_ENDPOINT_URL_S3=https://s3.eu-central-1.amazonaws.com\n" in script
     assert "export AWS_REGION=eu-central-1\n" in script and "MAX_SECONDS=3600\n" in script
 
@@ -457,7 +171,6 @@ def test_script_names_amazons_s3_where_no_address_is_set(monkeypatch):
     ({"key_name": "nobody"}, ["key pair nobody"]),
     ({"security_group": "sg-00000000000000000"}, ["security group sg-00000000000000000"]),
     ({"instance_profile": "nobody"}, ["instance profile nobody"]),
-    ({"instance_profile": None}, ["instance profile"]),
     ({"image_id": "ami-00000000000000000", "key_name": "nobody", "security_group": "sg-00000000000000000",
       "instance_profile": "nobody"},
      ["image ami-00000000000000000", "key pair nobody", "security group sg-00000000000000000",
@@ -465,7 +178,7 @@ def test_script_names_amazons_s3_where_no_address_is_set(monkeypatch):
 def test_all_that_is_missing_is_named_and_nothing_is_started_or_stored(rented, capsys, changed, named):
     before = count(rented)
     code, said = submit(rented, capsys, **changed)
-    assert code == 1 and said.startswith("There is no ") and "us-east-1" in said
+    assert code == 2 and "error: there is no " in said and "us-east-1" in said
     assert all(name in said for name in named) and said.count(", no ") == len(named) - 1
     assert count(rented) == before and rented.bucket not in storage.buckets()
 
@@ -480,7 +193,7 @@ def test_unknown_parameter_is_told_and_nothing_is_started_or_stored(rented, caps
 def test_no_secret_goes_along_in_a_parameter(rented, capsys):
     before = count(rented)
     code, said = submit(rented, capsys, "-p", "text", f"key={SECRET}")
-    assert code == 1 and "show AWS_SECRET_ACCESS_KEY: take it out" in said and SECRET not in said
+    assert code == 2 and "show AWS_SECRET_ACCESS_KEY: remove it" in said and SECRET not in said
     assert count(rented) == before and rented.bucket not in storage.buckets()
 
 
@@ -514,12 +227,12 @@ def test_refusal_of_ec2_is_one_sentence(rented, capsys, monkeypatch):
 
     monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", refuse)
     code, said = submit(rented, capsys)
-    assert code == 1 and said.startswith("EC2 did not start g4dn.xlarge: ") and "InsufficientInstanceCapacity" in said
+    assert code == 1 and said.startswith("EC2: ") and "RunInstances" in said and "InsufficientInstanceCapacity" in said
 
 
 def test_source_is_what_git_knows_with_its_times(rented, capsys):
     _, instance = submit(rented, capsys)
-    [row] = cloud.status(instance)
+    [row] = rent.status(instance)
     with tarfile.open(fileobj=io.BytesIO(storage.read(f"{row['job']}/source.tar.gz"))) as archive:
         packed = {member.name: member for member in archive.getmembers()}
     git = subprocess.run(["git", "ls-files"], cwd=storage.REPOSITORY, capture_output=True, text=True, check=True)
@@ -528,7 +241,7 @@ def test_source_is_what_git_knows_with_its_times(rented, capsys):
     assert not [name for name in packed if name.split("/")[0] in (".venv", ".git", ".s3", "runs") or "pycache" in name]
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         assert abs(packed[name].mtime - (storage.REPOSITORY / name).stat().st_mtime) < 1
-    sent = nbformat.reads(storage.read(f"{row['job']}/notebook.ipynb").decode(), as_version=4)
+    sent = nbformat.reads(storage.read(f"{row['job']}/show.ipynb").decode(), as_version=4)
     cells = nbformat.read(rented.notebook, as_version=4).cells
     assert {cell.source for cell in cells} <= {cell.source for cell in sent.cells}
 
@@ -537,36 +250,36 @@ def test_status_shows_our_machines_and_how_they_ended(rented, capsys):
     first, second = (submit(rented, capsys)[1] for _ in range(2))
     image = rented.image["ImageId"]
     [other] = rented.ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1)["Instances"]
-    job = {row["instance"]: row["job"] for row in cloud.status()}
+    job = {row["instance"]: row["job"] for row in rent.status()}
     storage.write(f"{job[first]}/status.json", b'{"state": "timed out", "exit_code": 124}')
-    assert cloud.main(["status"]) == 0
+    assert rent.main(["status"]) == 0
     rows = {row["instance"]: row for row in json.loads(capsys.readouterr().out.split("\n", 1)[1])}
     assert {first, second} <= rows.keys() and other["InstanceId"] not in rows
     assert rows[first]["outcome"] == {"state": "timed out", "exit_code": 124} and rows[second]["outcome"] is None
-    assert cloud.main(["status", second]) == 0
+    assert rent.main(["status", second]) == 0
     [row] = json.loads(capsys.readouterr().out.split("\n", 1)[1])
     assert (row["instance"], row["state"], row["type"]) == (second, "running", "g4dn.xlarge")
     for stranger in other["InstanceId"], "i-00000000000000000":
         with pytest.raises(SystemExit) as stopped:
-            cloud.main(["status", stranger])
-        assert stopped.value.code == 1 and stranger in capsys.readouterr().err
+            rent.main(["status", stranger])
+        assert stopped.value.code == 2 and stranger in capsys.readouterr().err
 
 
 def test_logs_are_those_in_s3_and_before_that_the_console(rented, capsys):
     _, instance = submit(rented, capsys)
-    assert cloud.logs(instance) == rented.ec2.get_console_output(InstanceId=instance)["Output"] != ""
-    storage.write(f"{cloud.status(instance)[0]['job']}/log.txt", "grüße\nfrom it".encode())
-    assert cloud.main(["logs", instance]) == 0 and capsys.readouterr().out.endswith("grüße\nfrom it\n")
+    assert rent.logs(instance) == rented.ec2.get_console_output(InstanceId=instance)["Output"] != ""
+    storage.write(f"{rent.status(instance)[0]['job']}/log.txt", "grüße\nfrom it".encode())
+    assert rent.main(["logs", instance]) == 0 and capsys.readouterr().out.endswith("grüße\nfrom it\n")
 
 
 def test_terminate_ends_our_machines_and_no_others(rented, capsys):
     _, instance = submit(rented, capsys)
     [other] = rented.ec2.run_instances(ImageId=rented.image["ImageId"], MinCount=1, MaxCount=1)["Instances"]
-    assert cloud.main(["terminate", instance]) == 0 and capsys.readouterr().out.endswith("shutting-down\n")
+    assert rent.main(["terminate", instance]) == 0 and capsys.readouterr().out.endswith("shutting-down\n")
     assert describe(rented, instance)["State"]["Name"] in ("shutting-down", "terminated")
     with pytest.raises(SystemExit):
-        cloud.main(["terminate", other["InstanceId"]])
-    assert capsys.readouterr().err == f"{other['InstanceId']} is no machine of this project.\n"
+        rent.main(["terminate", other["InstanceId"]])
+    assert f"error: {other['InstanceId']} is not a machine of this project\n" in capsys.readouterr().err
     assert describe(rented, other["InstanceId"])["State"]["Name"] == "running"
 
 
@@ -592,9 +305,9 @@ def boot(rented, folder, *words, max_hours=1, python=None):
     `python` that is given is a folder with boto3 in it, made before, which the next script takes for its own.
     """
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert cloud.main(command_line(rented, *words, max_hours=max_hours)) == 0
+        assert rent.main(command_line(rented, *words, max_hours=max_hours)) == 0
     instance = said.getvalue().split()[-1]
-    script, [row], fakes, venv = script_of(rented, instance), cloud.status(instance), folder / "fakes", folder / "venv"
+    script, [row], fakes, venv = script_of(rented, instance), rent.status(instance), folder / "fakes", folder / "venv"
     commands = {fakes / "shutdown": f'echo "$*" >> {folder}/shutdown',
                 venv / "bin" / "python": f'exec {sys.executable} "$@"'}
     real = Path(sys.executable).resolve()
@@ -633,7 +346,7 @@ def look(machine):
     time.sleep(1)
     machine.left = [" ".join(one.cmdline()) for one in of_job(machine.job)]
     machine.log, machine.status = read("log.txt"), json.loads(read("status.json"))
-    machine.executed = nbformat.reads(read("output.ipynb"), 4)
+    (machine.folder / "executed.ipynb").write_text(read("output/show.ipynb"))
     machine.shutdowns = (machine.folder / "shutdown").read_text().splitlines()
     machine.console = (machine.folder / "console").read_text()
 
@@ -675,22 +388,24 @@ def test_machine_ends_itself_once_and_leaves_nothing(machines, mode):
 def test_machine_keeps_results_notebook_and_log(machines):
     machine = machines["works"]
     assert machine.status == {"state": "succeeded", "exit_code": 0}
-    assert runner.read_results(machine.executed) == {"text": TEXT}
-    assert "the kernel has begun\n" in printed(machine.executed)
+    assert run.read_results(machine.folder / "executed.ipynb") == {"text": TEXT}
+    assert "the kernel has begun\n" in outputs_of(machine.folder / "executed.ipynb")
     assert machine.log.startswith("20") and machine.job in machine.log.splitlines()[0]
-    assert f"Executed notebook: {machine.job}/output.ipynb\n" in machine.log and "Traceback" not in machine.log
+    assert f"Results: {machine.job}/output/index.html\n" in machine.log and "Traceback" not in machine.log
     assert machine.log.splitlines()[-1].endswith("Z succeeded, exit code 0")
-    assert cloud.status(machine.instance)[0]["outcome"] == machine.status
-    assert cloud.logs(machine.instance) == machine.log
+    assert rent.status(machine.instance)[0]["outcome"] == machine.status
+    assert rent.logs(machine.instance) == machine.log
     assert not [name for name in machine.folder.rglob("[xyz]")]
 
 
 def test_machine_says_why_a_notebook_failed(machines):
     machine = machines["fails"]
     assert machine.status == {"state": "failed", "exit_code": 1}
-    assert machine.log.count("process 0: In [3]: ValueError: no luck today\n") == 1 and "Traceback" not in machine.log
+    assert machine.log.count("FAILED show.ipynb, process 0: In [3]: ValueError: no luck today\n") == 1
+    assert "Traceback" not in machine.log
     assert machine.log.splitlines()[-1].endswith("Z failed, exit code 1")
-    assert "ValueError" in str(machine.executed) and "the kernel has begun\n" in printed(machine.executed)
+    executed = machine.folder / "executed.ipynb"
+    assert "ValueError" in executed.read_text() and "the kernel has begun\n" in outputs_of(executed)
 
 
 def test_machine_ends_a_notebook_that_hangs_when_its_time_is_over(machines):
@@ -699,4 +414,4 @@ def test_machine_ends_a_notebook_that_hangs_when_its_time_is_over(machines):
     assert not psutil.pid_exists(int((machine.folder / "pid").read_text()))
     assert "S3 at " in machine.log_before
     assert machine.log.splitlines()[-1].endswith("Z timed out, exit code 124")
-    assert "the kernel has begun\n" in printed(machine.executed)
+    assert "the kernel has begun\n" in outputs_of(machine.folder / "executed.ipynb")
