@@ -83,7 +83,7 @@ def encode(model, tokenizer, text):
     if target and not cross:
         raise ValueError(f"{text!r} is a pair, and {type(model).__name__} no encoder-decoder: give a string.")
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**6)
-    options = {"truncation": True, "max_length": limit, "padding": False}
+    options = {"truncation": True, "max_length": limit}
     rows = [tokenizer(source, **options)["input_ids"]]
     if target:
         rows.append(tokenizer(text_target=target[0], **options)["input_ids"])
@@ -213,74 +213,57 @@ def outline(text, size):
     families = dict.fromkeys(filter(None, map(font_family, f"a{text}")))  # without repeats, the usual font first
     return TextPath((0, 0), text.replace("$", r"\$"), size, prop=font_manager.FontProperties(family=list(families)))
 
-class Sheet:
-    """A figure measured in inches from its lower left corner, all of whose letters are one path."""
-
-    def __init__(self, width, height):
-        self.width, self.height, self.letters = width, height, []
-        self.figure = Figure((width, height), dpi=100)
-
-    def image(self, values, x, y, width, height):
-        """Draw values from 0 to 1 as colours, with the lower left corner at (x, y)."""
-        box = x / self.width, y / self.height, width / self.width, height / self.height
-        axes = self.figure.add_axes(box, frame_on=False)
-        axes.set(xticks=[], yticks=[])
-        axes.imshow(values, COLOURS, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-
-    def write(self, path, x, y, degrees=0):
-        """Put an outline at (x, y), turned around that point."""
-        self.letters.append(path.transformed(Affine2D().rotate_deg(degrees).translate(x, y)))
-
-    def finish(self):
-        """The figure, with its letters."""
-        inches = Affine2D().scale(1 / self.width, 1 / self.height)
-        self.figure.add_artist(PathPatch(Path.make_compound_path(*self.letters), facecolor="black", linewidth=0,
-                                         transform=inches + self.figure.transFigure))
-        return self.figure
-
-def draw_panel(sheet, values, x, y, cell, size, above=(), beside=()):
-    """Draw weights as squares of `cell` inches, with outlines of the tokens above the columns and beside the rows."""
-    rows, columns = values.shape
-    sheet.image(values, x, y, columns * cell, rows * cell)
-    for i, path in enumerate(above):
-        sheet.write(path, x + (i + 0.5) * cell + 0.3 * size, y + rows * cell + 0.06, 90)
-    for i, path in enumerate(beside):
-        right = path.vertices[:, 0].max(initial=0)
-        sheet.write(path, x - 0.06 - right, y + (rows - i - 0.5) * cell - 0.3 * size)
+def move(path, x, y, degrees=0):
+    return path.transformed(Affine2D().rotate_deg(degrees).translate(x, y))
 
 
-def draw_scale(sheet, x, y, length, size):
-    """Draw the colours from 0 to 1, with numbers."""
-    sheet.image(np.linspace(1, 0, 256)[:, None], x, y, 0.12, length)
-    for value in (0, 0.5, 1):
-        sheet.write(outline(f"{value:g}", size), x + 0.17, y + length * value - 0.3 * size)
+def draw_panel(figure, values, letters, x, y, width, height):
+    """Draw values from 0 to 1 as colours, with their lower left corner at (x, y), and outlines around them."""
+    total_width, total_height = figure.get_size_inches()
+    box = x / total_width, y / total_height, width / total_width, height / total_height
+    axes = figure.add_axes(box, frame_on=False)
+    axes.set(xticks=[], yticks=[])
+    axes.imshow(values, COLOURS, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    if letters:
+        inches = Affine2D().scale(1 / width, 1 / height) + axes.transAxes
+        axes.add_artist(PathPatch(Path.make_compound_path(*letters), facecolor="black", linewidth=0, clip_on=False,
+                                  transform=inches))
+
+def token_letters(example, cell, size):
+    """Outlines of the tokens above and beside a panel with cells of that many inches, and the room that they take."""
+    source, target = ([outline(label(token), size) for token in tokens] for tokens in (example.source, example.target))
+    top, left = (max(path.vertices.max(initial=0) for path in paths) + 0.1 for paths in (source, target))
+    height, half = len(target) * cell, 0.3 * size  # half of a letter
+    above = [move(path, (i + 0.5) * cell + half, height + 0.06, 90) for i, path in enumerate(source)]
+    beside = [move(path, -0.06 - path.vertices[:, 0].max(initial=0), height - (i + 0.5) * cell - half)
+              for i, path in enumerate(target)]
+    return above, beside, top, left
 
 def heatmap(example, weights, titles=None):
-    """A figure of weights (target, source), or of several side by side, (n, target, source), with titles below them.
-
-    Source tokens are above, target tokens at the side. The figure's savefig writes PNG, PDF and SVG.
-    """
+    """A figure of weights (target, source), or of several panels (n, target, source) with titles below them."""
     panels = np.ma.masked_equal(np.reshape(weights, (-1, len(example.target), len(example.source))), 0)
     count, rows, columns = panels.shape
     if titles is None and count > 1:
         titles = [f"head {i + 1}" for i in range(count)]
-    cell = min(max(5 / max(rows, columns), 0.16), 0.4)  # inches, like all that follows
+    cell = min(max(5 / max(rows, columns), 0.16), 0.4)  # inches, like everything here
     size = min(0.72 * cell, 0.14)  # of letters
-    above, beside = ([outline(label(token), size) for token in tokens] for tokens in (example.source, example.target))
-    top, left = (max(path.vertices.max(initial=0) for path in paths) + 0.1 for paths in (above, beside))
+    above, beside, top, left = token_letters(example, cell, size)
     across, wide, high = math.ceil(math.sqrt(count)), columns * cell + 0.3, rows * cell + 0.3
-    sheet = Sheet(left + across * wide + 0.4, top + math.ceil(count / across) * high + 0.05)
+    width, height = left + across * wide + 0.4, top + math.ceil(count / across) * high + 0.05
+    figure = Figure((width, height), dpi=100)
     for i, panel in enumerate(panels):
-        x, y = left + i % across * wide, sheet.height - top - i // across * high - rows * cell
-        draw_panel(sheet, panel, x, y, cell, size, above if i < across else (), beside if i % across == 0 else ())
+        letters = [*(above if i < across else ()), *(beside if i % across == 0 else ())]
         if titles:
-            sheet.write(outline(titles[i], size), x, y - 0.05 - size)
-    length = min(rows * cell, 2)
-    draw_scale(sheet, sheet.width - 0.5, sheet.height - top - length, length, size)
-    return sheet.finish()
+            letters.append(move(outline(titles[i], size), 0, -0.05 - size))
+        x, y = left + i % across * wide, height - top - i // across * high - rows * cell
+        draw_panel(figure, panel, letters, x, y, columns * cell, rows * cell)
+    length = min(rows * cell, 2)  # of the scale
+    numbers = [move(outline(f"{value:g}", size), 0.17, length * value - 0.3 * size) for value in (0, 0.5, 1)]
+    draw_panel(figure, np.linspace(1, 0, 256)[:, None], numbers, width - 0.5, height - top - length, 0.12, length)
+    return figure
 
 def draw_and_write(examples, url, view, format):
-    """Write heatmaps to {url}/00000.png, … while drawing the next ones; yield the URL of each as it is drawn."""
+    """Write heatmaps to {url}/00000.png, … while drawing the next ones; yield the number drawn so far."""
     options = {"pil_kwargs": {"compress_level": 1}} if format == "png" else {}
     with ThreadPoolExecutor(storage.THREADS) as threads:
         writes = []
@@ -288,21 +271,18 @@ def draw_and_write(examples, url, view, format):
             image = io.BytesIO()
             heatmap(example, view(example)).savefig(image, format=format, **options)
             writes.append(threads.submit(storage.write, f"{url}/{i:05}.{format}", image.getvalue()))
-            yield f"{url}/{i:05}.{format}"
+            yield i + 1
         for write in writes:
             write.result()  # raises the error if one could not be written
 
 def save(examples, url, view=mean, format="png"):
-    """Write heatmaps to {url}/00000.png, … at any fsspec URL, with progress. Return their URLs.
+    """Write heatmaps to {url}/00000.png, … at any fsspec URL, with a progress bar.
 
     view: a function of an example that returns the weights to draw, such as rollout. format: png, pdf or svg.
     """
-    urls = []
     with storage.progress(len(examples), "drawing", "heatmap") as bar:
-        for written in draw_and_write(examples, url, view, format):
-            urls.append(written)
+        for _ in draw_and_write(examples, url, view, format):
             bar.update()
-    return urls
 
 class Heatmaps(Callback):
     """After each epoch, a heatmap of every text to {url}/epoch_001/00000.png, …, at any fsspec URL.
@@ -316,8 +296,7 @@ class Heatmaps(Callback):
     def after_epoch(self, loop):
         if loop.accelerator.is_main_process:
             examples = collect(loop.model, self.tokenizer, self.texts)
-            drawn = draw_and_write(examples, f"{self.url}/epoch_{len(loop.history):03}", self.view, "png")
-            for number, _ in enumerate(drawn, 1):
+            for number in draw_and_write(examples, f"{self.url}/epoch_{loop.epoch:03}", self.view, "png"):
                 loop.bar.set_postfix_str(f"heatmap {number}/{len(examples)}")
 
 def layer_data(name, heads):
