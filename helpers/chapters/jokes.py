@@ -374,7 +374,7 @@ def save(model, tokenizer, url):
         tokenizer.save_pretrained(folder)
         new, old = {path.name for path in Path(folder).iterdir()}, set(storage.list_files(url))
         for name in [*(old & {"config.json"}), *sorted(old - new)]:
-            storage.remove(f"{url}/{name}")
+            storage.delete(f"{url}/{name}")
         for name in sorted(new, key=lambda name: name == "config.json"):
             storage.write(f"{url}/{name}", Path(folder, name).read_bytes())
 
