@@ -15,71 +15,67 @@ from collections.abc import Mapping
 import numpy as np
 import safetensors.torch
 import torch
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LinearLR, ReduceLROnPlateau, SequentialLR
 
 from helpers import experiment, storage
-from helpers.training import MOMENTS, Callback, CancelFit
-
-
-class Call(Callback):
-    """Any function of the loop at any moment: Call(after_epoch=lambda loop: print(loop.history[-1]))."""
-
-    def __init__(self, order=0, **functions):
-        if unknown := functions.keys() - set(MOMENTS):
-            raise ValueError(f"There is no moment {', '.join(sorted(unknown))}; there are: {', '.join(MOMENTS)}.")
-        self.order = order
-        vars(self).update(functions)
-
-
-# ------------------------------------------------------------------------------------------ learning rate, gradients
+from helpers.training import Callback, CancelFit
 
 
 class LearningRate(Callback):
     """A learning rate that follows a schedule over the whole fit, and stands in the history.
 
-    schedule: "constant", "linear" or "cosine", down from the optimizer's own rate to 0, `cycles` times (warm restarts:
-    Loshchilov & Hutter 2016, https://arxiv.org/abs/1608.03983), after `warmup` steps (or, below 1, that part of all) of
-    a linear rise. Or a function that makes any torch scheduler for an optimizer; one for a plateau moves by epochs and
-    looks at `monitor` in the history. every: "step" or "epoch", in which then `warmup` counts, too.
+    schedule: "constant", "linear" or "cosine", from the optimizer's own rate down to 0, after `warmup` steps (below 1:
+    a fraction of all) of a linear rise; "cosine" restarts `cycles` times (Loshchilov & Hutter 2016,
+    https://arxiv.org/abs/1608.03983). Or a function that makes any torch scheduler for an optimizer. A
+    ReduceLROnPlateau looks at `monitor` in the history after every epoch. every: "step" or "epoch", of which `warmup`
+    is a number, too.
     """
 
-    SCHEDULES = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x,
-                 "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2}  # x: what part of the way is done
-
     def __init__(self, schedule, warmup=0, cycles=1, every="step", monitor="val_loss"):
-        if not callable(schedule) and schedule not in self.SCHEDULES:
-            raise ValueError(f"There is no schedule {schedule!r}; "
-                             f"there are: {', '.join(self.SCHEDULES)}, and a function.")
+        if not callable(schedule) and schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"There is no schedule {schedule!r}; there are: constant, linear, cosine, and a function.")
+        if cycles > 1 and schedule != "cosine":
+            raise ValueError("cycles is for the cosine schedule.")
         if every not in ("step", "epoch"):
             raise ValueError(f'every is "step" or "epoch", not {every!r}.')
         self.schedule, self.warmup, self.cycles, self.every, self.monitor = schedule, warmup, cycles, every, monitor
 
     def before_fit(self, loop):
-        make = self.schedule if callable(self.schedule) else lambda optimizer: LambdaLR(optimizer, self._factor)
-        moves = math.ceil(len(loop.train_loader) / loop.accumulate) if self.every == "step" else 1  # in an epoch
-        self.total = math.ceil(loop.total_steps * moves / len(loop.train_loader))
+        batches = len(loop.train_loader)
+        moves = math.ceil(batches / loop.accumulate) if self.every == "step" else 1  # in an epoch
+        self.total = math.ceil(loop.total_steps * moves / batches)
+        make = self.schedule if callable(self.schedule) else self._make
         self.schedulers = [make(optimizer) for optimizer in loop.optimizers]
-        if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in self.schedulers):
-            self.every = "epoch"
 
-    def _factor(self, step):
+    def _make(self, optimizer):
         warmup = self.warmup if self.warmup >= 1 else round(self.warmup * self.total)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        left = max(self.total - warmup, 1)
-        return self.SCHEDULES[self.schedule](min(step - warmup, left - 1) * self.cycles % left / left)
+        length = max(self.total - warmup, 1)
+        for group in optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"])  # where an earlier fit ended with a smaller one
+        if self.schedule == "cosine":
+            scheduler = CosineAnnealingWarmRestarts(optimizer, math.ceil(length / self.cycles))
+        else:
+            scheduler = LinearLR(optimizer, 1, 1 if self.schedule == "constant" else 0, length)
+        if not warmup:
+            return scheduler
+        return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (warmup + 1), 1, warmup), scheduler], [warmup])
+
+    def _move(self):
+        for scheduler in self.schedulers:
+            if not isinstance(scheduler, ReduceLROnPlateau) and scheduler.last_epoch < self.total - 1:
+                scheduler.step()
 
     def after_step(self, loop):
         if self.every == "step" and loop.stepped:
-            for scheduler in self.schedulers:
-                scheduler.step()
+            self._move()
 
     def after_epoch(self, loop):
         loop.history[-1]["learning_rate"] = loop.optimizers[0].param_groups[0]["lr"]  # at the epoch's end
+        for scheduler in self.schedulers:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(column(loop.history[-1], self.monitor))
         if self.every == "epoch":
-            for scheduler in self.schedulers:
-                plateau = isinstance(scheduler, ReduceLROnPlateau)
-                scheduler.step(*[column(loop.history[-1], self.monitor)] * plateau)
+            self._move()
 
     def state_dict(self):
         return [scheduler.state_dict() for scheduler in self.schedulers]
@@ -236,7 +232,7 @@ class Checkpoint(Callback):
         if whole and loop.accelerator.is_main_process:
             storage.write(f"{self.url}/step_{loop.steps:09d}_{loop.batch:09d}.safetensors", state_to_safetensors(state))
             for name in self._names()[:-self.keep]:
-                storage.remove(f"{self.url}/{name}")
+                storage.delete(f"{self.url}/{name}")
 
     def _names(self):
         return [name for name in storage.list_files(self.url) if re.fullmatch(r"step_\d+_\d+\.safetensors", name)]
@@ -246,37 +242,28 @@ def state_to_safetensors(state):
     """Nested dicts, lists, tuples, arrays, tensors and plain values as one safetensors file: no pickle in a bucket."""
     tensors = {}
 
-    def plain(value):
-        if isinstance(value, np.ndarray):
-            return {"array": plain(torch.from_numpy(value))}
-        if isinstance(value, torch.Tensor):
-            tensors[str(len(tensors))] = value.detach()
-            return {"tensor": str(len(tensors) - 1)}
+    def to_json(value):
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            name = str(len(tensors))
+            tensors[name] = torch.as_tensor(value).detach()
+            return {"tensor" if isinstance(value, torch.Tensor) else "array": name}
         if isinstance(value, Mapping):
-            return {"dict": [[plain(key), plain(item)] for key, item in value.items()]}
+            return {"dict": [[to_json(key), to_json(item)] for key, item in value.items()]}
         if isinstance(value, tuple):
-            return {"tuple": [plain(item) for item in value]}
-        return [plain(item) for item in value] if isinstance(value, list) else value
+            return {"tuple": [to_json(item) for item in value]}
+        return [to_json(item) for item in value] if isinstance(value, list) else value
 
-    tree = json.dumps(plain(state))  # fills tensors
-    return experiment.to_safetensors(tensors, {"state": tree})
+    text = json.dumps(to_json(state))  # fills tensors
+    return experiment.to_safetensors({"state": torch.tensor(list(text.encode()), dtype=torch.uint8), **tensors})
 
 
 def state_from_safetensors(data):
-    """What `state_to_safetensors` packed, its tensors on the CPU."""
+    """The state that `state_to_safetensors` wrote, its tensors on the CPU."""
     tensors = safetensors.torch.load(data)
-    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])  # where safetensors keeps its metadata
+    kinds = {"tensor": tensors.get, "array": lambda name: tensors[name].numpy(), "tuple": tuple, "dict": dict}
 
-    def nested(value):
-        if isinstance(value, list):
-            return [nested(item) for item in value]
-        if not isinstance(value, dict):
-            return value
+    def from_json(value):
         [(kind, item)] = value.items()
-        if kind == "tensor":
-            return tensors[item]
-        if kind == "array":
-            return nested(item).numpy()
-        return tuple(map(nested, item)) if kind == "tuple" else {nested(key): nested(entry) for key, entry in item}
+        return kinds[kind](item)
 
-    return nested(json.loads(header["__metadata__"]["state"]))
+    return json.loads(bytes(tensors["state"].tolist()), object_hook=from_json)

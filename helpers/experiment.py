@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import safetensors.torch
@@ -24,36 +24,33 @@ import torch
 from helpers import storage
 from helpers.storage import THREADS, StorageError, redact
 
-PACKAGES = ("torch", "torchvision", "torchmetrics", "transformers", "tokenizers", "accelerate", "safetensors", "numpy",
-            "opencv-python-headless", "fsspec", "s3fs", "gcsfs", "obstore", "boto3", "papermill")  # that change results
-
 
 def broadcast(value):
-    """This value, or the first process's where there are several: a run has one folder."""
+    """The first process's value, in all processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState  # here: a run without several processes needs neither
+        from accelerate import PartialState  # here: it takes a second, and one process needs neither
         from accelerate.utils import broadcast_object_list
 
-        PartialState(cpu=not torch.accelerator.is_available())  # joins the others, if nothing has until now
+        PartialState(cpu=not torch.accelerator.is_available())  # joins the other processes, if nothing has yet
         [value] = broadcast_object_list([value])
     return value
 
 
 def _load(url):
-    with storage.translate_errors(url):  # no JSON is damaged, too
+    with storage.translate_errors(url):  # also for JSON that is damaged
         return json.loads(storage.read(url))
 
 
-def to_safetensors(tensors, metadata=None):
-    """{name: tensor}, and {name: text}, as the bytes of a safetensors file."""
-    own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    return safetensors.torch.save(own, metadata)  # which takes no tensors that share memory
+def to_safetensors(tensors):
+    """{name: tensor} as the bytes of a safetensors file."""
+    return safetensors.torch.save({name: tensor.cpu().clone(memory_format=torch.contiguous_format)  # no shared memory
+                                   for name, tensor in tensors.items()})
 
 
 def save_model(model, url, **config):
-    """Save a model's weights (or a state_dict; safetensors) and config (model.json) under a prefix, straight from memory.
+    """Save a model's weights (or a state_dict) as safetensors and its config as model.json, straight to a folder's URL.
 
-    model.json names the weights by their checksum and is written last: the model there is the old one or the new one,
+    model.json names the weights by their checksum and is written last: a reader finds the old model or the new one,
     never half of each. Returns the names of the two objects.
     """
     url = str(url).rstrip("/")
@@ -63,12 +60,12 @@ def save_model(model, url, **config):
     storage.write(f"{url}/model.json", json.dumps({"weights": name, **config}, indent=1).encode())
     for other in storage.list_files(url):
         if re.fullmatch(r"model-\w+\.safetensors", other) and other != name:
-            storage.remove(f"{url}/{other}")
+            storage.delete(f"{url}/{other}")
     return [name, "model.json"]
 
 
 def load_model(url):
-    """What `save_model` saved: ({name: tensor} on the CPU, config). Raises storage.NotFound when nothing is there."""
+    """Load what `save_model` saved: ({name: tensor} on the CPU, config). Raises storage.NotFound without a model."""
     url = str(url).rstrip("/")
     config = _load(f"{url}/model.json")
     name = config.pop("weights")
@@ -79,10 +76,10 @@ def load_model(url):
 
 
 def _code():
-    """The source that has run: a notebook's executed cells, or the script; without the keys of the environment."""
+    """The source that has run, without secrets: a notebook's executed cells, or the script."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    if shell:  # in any kernel, whoever runs it: JupyterLab, papermill, VS Code
+    if shell:  # in any kernel: JupyterLab, papermill, VS Code
         cells = enumerate(shell.user_ns["In"])
         source = "\n\n".join(f"# In [{number}]\n{cell}" for number, cell in cells if cell.strip())
     else:
@@ -91,15 +88,13 @@ def _code():
 
 
 def _environment():
-    """What the code ran on: Python, platform, packages, and the git commit of the current folder (None without)."""
-    packages, commit = {}, ""
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            packages[name] = version(name)
-    with suppress(OSError, subprocess.SubprocessError):  # no git here
+    """What the code runs on: Python, platform, packages, and the git commit of the current folder, if there is one."""
+    commit = ""
+    with suppress(OSError, subprocess.SubprocessError):  # without git
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
                                 capture_output=True, text=True, timeout=20).stdout.strip()
-    return {"python": platform.python_version(), "platform": platform.platform(), "packages": packages,
+    return {"python": platform.python_version(), "platform": platform.platform(),
+            "packages": dict(sorted((package.name, package.version) for package in distributions())),
             "git_commit": commit.removesuffix("-dirty") or None, "git_dirty": "-dirty" in commit if commit else None}
 
 
@@ -108,7 +103,7 @@ class Run:
     plots/, predictions.safetensors, model/ and metrics.json.
 
     `finish` writes manifest.json, the list of them, last: a folder without it was cut off, and the next run with the
-    same hyperparameters takes it up again. No file but the manifest holds a time.
+    same hyperparameters continues it. Only the manifest holds times.
     """
 
     def __init__(self, url, **hyperparameters):
@@ -127,7 +122,7 @@ class Run:
         storage.write(f"{self.url}/{name}", data)
 
     def save_history(self, history, name="history"):
-        """Rows ({column: value}) to {name}.csv."""
+        """Rows ({column: value}) as {name}.csv."""
         text = io.StringIO(newline="")
         rows = csv.DictWriter(text, list(dict.fromkeys(name for row in history for name in row)))
         rows.writeheader()
@@ -135,22 +130,22 @@ class Run:
         self._write(f"{name}.csv", text.getvalue().encode())
 
     def save_figure(self, name, figure):
-        """A matplotlib figure to plots/{name}.png."""
+        """A matplotlib figure as plots/{name}.png."""
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
         self._write(f"plots/{name}.png", image.getvalue())
 
     def save_model(self, model, **config):
-        """Weights and config to model/; see `save_model`."""
+        """Weights and config under model/; see the function `save_model`."""
         save_model(model, f"{self.url}/model", **config)
 
     def save_predictions(self, outputs, targets):
-        """Two tensors or arrays to predictions.safetensors; `safetensors.torch.load(storage.read(…))` brings them back."""
+        """Two tensors or arrays as predictions.safetensors, for `safetensors.torch.load(storage.read(url))`."""
         tensors = {"outputs": torch.as_tensor(outputs), "targets": torch.as_tensor(targets)}
         self._write("predictions.safetensors", to_safetensors(tensors))
 
     def finish(self, results):
-        """Results to metrics.json, then the manifest, the list of all files: from here on the run is whole."""
+        """Results as metrics.json, then the manifest, the list of all files: from here on the run is complete."""
         self._write("code.py", _code())
         self._write("metrics.json", json.dumps(results, indent=1).encode())
         times = {"started": self.started.isoformat(), "finished": datetime.now(timezone.utc).isoformat()}
@@ -158,7 +153,7 @@ class Run:
 
 
 def smaller_is_better(metric):
-    """Whether a metric of this name is the better the smaller it is."""
+    """Whether smaller values of a metric of this name are better."""
     return any(word in metric.lower() for word in ("loss", "error", "perplexity", "mse", "mae"))
 
 
@@ -171,23 +166,23 @@ def compare(url, metric=None):
     runs = [name.rpartition("/")[0] for name in names if name.endswith("/hyperparameters.json")]
     runs.sort(key=lambda run: (run.rpartition("/")[2], run), reverse=True)
     finished = [run for run in runs if f"{run}/manifest.json" in names]
-
     with ThreadPoolExecutor(THREADS) as pool:
-        asked = dict(zip(runs, pool.map(lambda run: _load(f"{url}/{run}/hyperparameters.json"), runs)))
-        found = dict(zip(finished, pool.map(lambda run: _load(f"{url}/{run}/metrics.json"), finished)))
-    differ = [name for name in dict.fromkeys(name for values in asked.values() for name in values)
-              if len({json.dumps(values[name]) if name in values else "" for values in asked.values()}) > 1]
-    rows, metrics = [], {}
-    for run in runs:
-        facts = {"run": run, "finished": run in found, "newest": not rows, "best": False}
-        numbers = {f"{name} (result)" if name in (*facts, *differ) else name: value  # one name, one column
-                   for name, value in found.get(run, {}).items()
-                   if type(value) in (int, float) and math.isfinite(value)}
-        rows.append({**facts, **{name: asked[run][name] for name in differ if name in asked[run]}, **numbers, **facts})
-        metrics |= dict.fromkeys(numbers)
+        asked = list(pool.map(lambda run: _load(f"{url}/{run}/hyperparameters.json"), runs))
+        results = dict(zip(finished, pool.map(lambda run: _load(f"{url}/{run}/metrics.json"), finished)))
+    differ = [name for name in _columns(asked)
+              if len({json.dumps(values[name]) if name in values else "" for values in asked}) > 1]
+    rows = [{"run": run, "finished": run in results, "newest": run == runs[0], "best": False,
+             "hyperparameters": {name: values[name] for name in differ if name in values},
+             "metrics": {name: value for name, value in results.get(run, {}).items()
+                         if type(value) in (int, float) and math.isfinite(value)}} for run, values in zip(runs, asked)]
+    metrics = _columns(row["metrics"] for row in rows)
     if metric and metrics and metric not in metrics:
         raise ValueError(f"No run at {url} has a metric {metric!r}; there are: {', '.join(metrics)}.")
     return Comparison(url, rows, metric or next(iter(metrics), ""))
+
+
+def _columns(rows):
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 class Comparison:
@@ -197,23 +192,25 @@ class Comparison:
 
     def __init__(self, url, rows, metric):
         self.url, self.rows, self.metric = url, rows, metric
-        for row in self._ranked(metric)[:1]:
+        for row in self._rank(metric)[:1]:
             row["best"] = True
 
-    def _ranked(self, *names):
-        """The rows that have all these, the best by the last one first."""
-        rows = [row for row in self.rows if all(name in row for name in names)]
-        return sorted(rows, key=lambda row: row[names[-1]], reverse=not smaller_is_better(names[-1]))
+    def _rank(self, metric):
+        """The rows that have this metric, the best first."""
+        rows = [row for row in self.rows if metric in row["metrics"]]
+        return sorted(rows, key=lambda row: row["metrics"][metric], reverse=not smaller_is_better(metric))
 
     def plot(self, hyperparameter, metric=None):
         """A figure of a metric over a hyperparameter that differs between the runs, the best run a star."""
         from matplotlib import pyplot  # here: it takes a second
 
         metric = metric or self.metric
-        if not (rows := self._ranked(hyperparameter, metric)):
+        rows = [row for row in self._rank(metric) if hyperparameter in row["hyperparameters"]]
+        if not rows:
+            names = _columns(row[part] for row in self.rows for part in ("hyperparameters", "metrics"))
             raise ValueError(f"No run at {self.url} has both {hyperparameter!r} and {metric!r}; "
-                             f"there are: {', '.join(dict.fromkeys(name for row in self.rows for name in row))}.")
-        x, y = [row[hyperparameter] for row in rows], [row[metric] for row in rows]
+                             f"there are: {', '.join(names)}.")
+        x, y = zip(*((row["hyperparameters"][hyperparameter], row["metrics"][metric]) for row in rows))
         figure, axis = pyplot.subplots(figsize=(6, 3.5))
         pyplot.close(figure)  # or Jupyter shows it twice
         if not {*map(type, x)} <= {int, float}:
@@ -227,15 +224,14 @@ class Comparison:
         return figure
 
     def _repr_html_(self):
-        shown = [name for name in dict.fromkeys(name for row in self.rows for name in row)
-                 if name not in ("run", "finished", "newest", "best")]
         arrow = {self.metric: " ↓" if smaller_is_better(self.metric) else " ↑"}
-        html = f"<th>{len(self.rows)} runs at {escape(self.url)}<th>"
-        html += "".join(f"<th>{escape(name + arrow.get(name, ''))}" for name in shown)
+        names = {part: _columns(row[part] for row in self.rows) for part in ("hyperparameters", "metrics")}
+        lines = [["th", f"{len(self.rows)} runs at {self.url}", "", *names["hyperparameters"],
+                  *(name + arrow.get(name, "") for name in names["metrics"])]]
         for row in self.rows:
-            marks = "★ best" * row["best"], "newest" * row["newest"], "cut off" * (not row["finished"])
-            values = row["run"], ", ".join(filter(None, marks)), *(row.get(name, "") for name in shown)
-            texts = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
-            html += f'<tr style="background: {"rgba(60, 160, 90, .25)" if row["best"] else ""}">'  # on white and black
-            html += "".join(f"<td>{escape(text)}" for text in texts)
-        return f"<table>{html}</table>"
+            marks = {"★ best": row["best"], "newest": row["newest"], "cut off": not row["finished"]}
+            values = [row[part].get(name, "") for part in names for name in names[part]]
+            lines.append(["td", row["run"], ", ".join(name for name in marks if marks[name]),
+                          *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)])
+        return "".join(["<table>", *("<tr>" + "".join(f"<{tag}>{escape(text)}" for text in texts)
+                                     for tag, *texts in lines), "</table>"])

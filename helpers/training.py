@@ -1,53 +1,56 @@
-"""The training loop: short enough to read in one sitting; all that is not the loop itself is a callback."""
+"""The training loop, short enough to read in one sitting: all that is not the loop itself is a callback."""
 
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from itertools import zip_longest
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, find_batch_size, gather_object, send_to_device
+from accelerate.utils import broadcast, broadcast_object_list, find_batch_size, gather_object, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from helpers.storage import progress
 
-REFRESH = 0.25  # seconds between two looks at the loss: each look waits for the device, so not every step
+REFRESH = 0.25  # seconds between two readings of the loss: each waits for the device, so not every step
 
 
 class CancelFit(Exception):
-    """Raised by a callback to end training in good order."""
+    """Raised by a callback to end training early, without an error."""
 
 
-MOMENTS = ("before_fit", "before_epoch", "after_backward", "after_step", "after_epoch", "after_fit", "after_error")
+MOMENTS = "before_fit", "before_epoch", "after_backward", "after_step", "after_epoch", "after_fit", "after_error"
+PLACE = "history", "steps", "batch", "total", "seen", "epoch_random"  # attributes that say how far training has come
 
 
 class Callback:
-    """Methods named after the moment (MOMENTS), each of which gets the loop. Those that ship are in callbacks.py.
+    """A class with methods named after moments of the training (MOMENTS), each called with the loop.
 
-    Callbacks run by `order`, smallest first, and may use `loop.history`, `loop.epoch`, `loop.steps` (done in all),
-    `loop.stepped` (whether the optimizer did, too), `loop.step_loss` (on the device), `loop.mean_loss` (of the epoch, at
-    the last look), `loop.bar`. after_backward is
-    where the gradients of `loop.weights` can be seen and changed. after_fit comes after CancelFit too, after_error after
-    any other exception. What `state_dict` gives, if there is one, goes into checkpoints and back to `load_state_dict`.
+    Callbacks run by `order`, smallest first, and may read `loop.history`, `loop.epoch`, `loop.steps` (batches so far),
+    `loop.stepped` (whether the optimizer made a step at this batch), `loop.step_loss` (a tensor on the device),
+    `loop.mean_loss` (of the epoch, at the last reading) and `loop.bar`. after_backward may change the gradients of
+    `loop.weights`. after_fit comes after CancelFit, too; after_error after any other exception. A callback with
+    `state_dict` and `load_state_dict` has its state in the checkpoints.
     """
 
     order = 0
 
 
 class _Task(nn.Module):
-    """The model with its criterion, as one module: autocast and DDP then cover whatever the model does in a step."""
+    """The model with its criterion as one module, so that autocast and DDP cover everything computed in a step."""
 
     def __init__(self, model, criterion):
         super().__init__()
         self.model, self.criterion = model, criterion
 
     def forward(self, batch, training):
-        """(loss or losses, outputs, targets); what there is none of is None."""
+        """(loss or losses, outputs, targets), any of which may be None."""
         if hasattr(self.model, "get_loss"):
             loss = self.model.get_loss(batch, self.criterion)
             return (loss, None, None) if training else (loss, *self.model.get_predictions(batch))
@@ -61,84 +64,85 @@ class _Task(nn.Module):
 
 
 class TrainLoop:
-    """Trains a model on its loader, with a progress bar, validation after every epoch, and callbacks.
+    """Train a model on its loader, with a progress bar, validation after every epoch, and callbacks.
 
     model: any nn.Module. Batches are (inputs, targets), with criterion(model(inputs), targets) the loss; or a dict of
         the model's arguments, where a model that returns its loss, as those of transformers do, needs no criterion.
         For anything else the model has `get_loss(batch, criterion)` and `get_predictions(batch)` -> (outputs, targets).
     optimizer: one, or a list; get_loss then yields a loss for each, computed after the step of the one before, and
         each loss changes the weights of its own optimizer only.
-    scheduler: a torch scheduler, stepped after every step of the optimizer (callbacks.LearningRate does without).
+    scheduler: a torch scheduler, stepped after every step of the optimizer (or use callbacks.LearningRate).
     metrics: {name: torchmetrics.Metric} or a MetricCollection, updated with (outputs, targets) in `evaluate`.
     accumulate: batches whose gradients are averaged for one step of the optimizer.
-    options: of accelerate's Accelerator, such as mixed_precision="bf16". The device and several processes are its too.
+    options: of accelerate's Accelerator, such as mixed_precision="bf16". It also places everything on the device and
+        averages gradients over several processes.
     """
 
     def __init__(self, model, train_loader=None, val_loader=None, test_loader=None, *, optimizer=None, criterion=None,
                  scheduler=None, metrics=None, accumulate=1, **options):
         AcceleratorState._reset_state()  # each loop has its own precision
-        options.setdefault("cpu", not torch.accelerator.is_available())  # several processes on CPUs need it said
+        options.setdefault("cpu", not torch.accelerator.is_available())  # several processes on CPUs have to ask for it
         self.accelerator = Accelerator(**options)
-        self.model, self.criterion, self.accumulate = model, criterion, accumulate
+        self.model, self.criterion, self.scheduler, self.accumulate = model, criterion, scheduler, accumulate
         several = isinstance(optimizer, (list, tuple))
-        self.optimizers = list(optimizer) if several else [optimizer] * (optimizer is not None)
-        # They are not prepared by accelerate: its own look for a package on the disk in every step, 0.1 ms for nothing.
-        self.task, self.scheduler = self.accelerator.prepare(_Task(model, criterion), scheduler)
-        loaders = train_loader, val_loader
-        self.train_loader, self.val_loader = self._sharded(train_loader), self._placed(val_loader)
-        self.test_loader = self._placed(test_loader)
-        owners = [owner for loader in loaders if loader is not None
-                  for owner in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))]
-        self.generators = list({id(owner.generator): owner.generator for owner in owners  # of orders and workers' seeds
-                                if getattr(owner, "generator", None) is not None}.values())
+        self.optimizers = list(optimizer) if several else [optimizer] if optimizer else []
+        # Optimizers are not prepared by accelerate, whose own step costs 0.1 ms: it looks for a package on the disk.
+        self.own_task = _Task(model, criterion)  # without DDP, for evaluation, where processes have unequal shares
+        self.task = self.accelerator.prepare(self.own_task)
+        self.train_loader, self.val_loader = self._shard(train_loader), self._shard(val_loader, even=False)
+        self.test_loader = self._shard(test_loader, even=False)
+        self.random = _random_sources(self.accelerator.device, train_loader, val_loader)
         self.metrics = None
         if metrics:
             self.add_metrics(metrics)
         self.history = []  # a dict per epoch: epoch, train_loss, val_loss, val_{metric}, …
-        self.steps = self.batch = 0  # steps done in all, and batches of the epoch under way
+        self.steps = self.batch = 0  # batches so far, and those of the unfinished epoch
         self.callbacks = []
 
-    def _placed(self, loader):
-        return loader if loader is None or self.accelerator.num_processes == 1 else self.accelerator.prepare(loader)
+    def _shard(self, loader, even=True):
+        """A loader of this process's share of the batches, in an order that all processes draw alike.
 
-    def _sharded(self, loader):
-        """The loader of this process's share of the batches, in the order that all processes draw alike.
-
-        An IterableDataset sees to its share itself, and has to give all processes as many batches.
+        For training every process gets the same number of batches, for evaluation every sample is in one of them.
+        An IterableDataset shards itself for training; and what cannot be divided all processes evaluate as a whole.
         """
-        if loader is None or self.accelerator.num_processes == 1 or isinstance(loader.dataset, IterableDataset):
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        if (loader is None or processes == 1 or isinstance(loader.dataset, IterableDataset)
+                or loader.batch_sampler is None or not even and len(loader) < processes):
             return loader
         if isinstance(loader.sampler, RandomSampler) and loader.sampler.generator is None:
             [seed] = broadcast_object_list([torch.initial_seed()])
             loader.sampler.generator = torch.Generator().manual_seed(seed)
-        processes, index = self.accelerator.num_processes, self.accelerator.process_index
-        return _over(loader, BatchSamplerShard(loader.batch_sampler, processes, index),
-                     persistent_workers=loader.persistent_workers)
+        share = BatchSamplerShard(loader.batch_sampler, processes, index, even_batches=even)
+        share.drop_last &= even  # what it drops is the last batch of all processes
+        loader = _replace_order(loader, share)
+        loader.shared = True
+        return loader
 
     def add_metrics(self, metrics):
-        """Have `evaluate` measure these, too."""
-        from torchmetrics import MetricCollection  # takes longer to import than PyTorch: only where it is used
+        """Measure these in `evaluate`, too."""
+        from torchmetrics import MetricCollection  # takes longer to import than PyTorch, and not every loop needs it
 
         self.metrics = self.metrics or MetricCollection({}, compute_groups=False)
         self.metrics.add_metrics(metrics)
         for metric in self.metrics.to(self.accelerator.device).modules():
-            metric.distributed_available_fn = lambda: False  # each gets the outputs of all processes as it is
+            metric.distributed_available_fn = lambda: self.shared  # whether `compute` adds up all processes
 
     def fit(self, num_epochs=None, callbacks=(), num_steps=None):
-        """Train for so many epochs, or steps, more; returns the history. A callback's CancelFit ends it early."""
+        """Train for so many more epochs or steps; return the history. A callback's CancelFit ends it early."""
         if self.train_loader is None or not self.optimizers or not (num_epochs or num_steps):
             raise ValueError("Training takes a train_loader and an optimizer, and fit a num_epochs or num_steps.")
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
         self.num_epochs, self.num_steps = num_epochs, num_steps
-        self.last_step = self.steps + num_steps if num_steps else float("inf")
-        last_epoch = len(self.history) + num_epochs if num_epochs else float("inf")
+        self.last_step = self.steps + num_steps if num_steps else math.inf
+        last_epoch = len(self.history) + num_epochs if num_epochs else math.inf
         with progress(self.total_steps, "training", "batch") as self.bar:
             try:
                 self._call("before_fit")
                 self.bar.total = self.total_steps  # a callback may have shortened it
                 while len(self.history) < last_epoch and self.steps < self.last_step:
                     self.epoch = len(self.history) + 1
-                    self.bar.set_description(f"epoch {self.epoch}" + f"/{last_epoch}" * bool(num_epochs), refresh=False)
+                    epoch = f"epoch {self.epoch}/{last_epoch}" if num_epochs else f"epoch {self.epoch}"
+                    self.bar.set_description(epoch, refresh=False)
                     self._call("before_epoch")
                     row = {"epoch": self.epoch, **self._train_epoch()}
                     if self.val_loader is not None:
@@ -148,7 +152,7 @@ class TrainLoop:
                     self._call("after_epoch")
             except CancelFit:
                 pass
-            except BaseException:  # Ctrl-C, too
+            except BaseException:  # KeyboardInterrupt, too
                 self._call("after_error")
                 raise
             self._call("after_fit")
@@ -156,24 +160,24 @@ class TrainLoop:
 
     @property
     def total_steps(self):
-        """Batches of the whole fit, on each process."""
+        """Batches in the whole fit, for each process."""
         return self.num_steps or self.num_epochs * len(self.train_loader)
 
     @property
     def weights(self):
-        """What the optimizer that steps now changes (one after the other, where there are several)."""
+        """The weights that the current optimizer changes (of several optimizers, the one whose turn it is)."""
         return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def step(self, batch, size=1, last=True):
-        """One training step on a batch: returns its loss, on the device. Can be called from a loop of one's own.
+        """One training step on a batch: return its loss, on the device. Can be called from a loop of your own.
 
-        With gradients accumulated over `size` batches, the optimizer's step comes with the `last` of them.
+        With gradients accumulated over `size` batches, the optimizer makes its step at the `last` of them.
         """
         if not self.model.training:
             self.task.train()
         batch, total, several = send_to_device(batch, self.accelerator.device), None, len(self.optimizers) > 1
-        with nullcontext() if last and not several else getattr(self.task, "no_sync", nullcontext)():  # DDP has it
-            losses, _, _ = self.task(batch, training=True)
+        with nullcontext() if last and not several else getattr(self.task, "no_sync", nullcontext)():  # only DDP has it
+            losses, *_ = self.task(batch, training=True)
             precision = self.accelerator.autocast if isinstance(losses, Iterator) else nullcontext  # it computes later
             losses = iter(losses if isinstance(losses, (Iterator, tuple, list)) else [losses])
             for self.optimizer in self.optimizers:
@@ -193,16 +197,16 @@ class TrainLoop:
         return total
 
     def _update(self, several):
-        """The optimizer's step, with the mean of the gradients of all processes, at their true scale."""
+        """One step of the optimizer, with the mean gradients of all processes, unscaled."""
         scaler = self.accelerator.scaler
-        if several and self.accelerator.num_processes > 1:  # DDP's own mean expects one backward for all weights
+        if several and self.accelerator.num_processes > 1:  # DDP averages only after one backward for all weights
             for weight in self.weights:
                 if weight.grad is not None:
                     weight.grad = self.accelerator.reduce(weight.grad.contiguous(), "mean")
         if scaler:
             scaler.unscale_(self.optimizer)
         self._call("after_backward")
-        if scaler:  # makes no step when a gradient is beyond fp16
+        if scaler:  # skips the step when a gradient overflows fp16
             scaler.step(self.optimizer)
             scaler.update()
         else:
@@ -210,157 +214,150 @@ class TrainLoop:
         self.optimizer.zero_grad()
 
     def _train_epoch(self):
-        start, looked, count = time.perf_counter(), 0.0, len(self.train_loader)
+        start, read, count = time.perf_counter(), 0.0, len(self.train_loader)
         batches, before = self._batches(), self.seen
         for batch in batches:
-            left = count - self.batch // self.accumulate * self.accumulate  # in this group of batches, and after it
+            left = count - self.batch // self.accumulate * self.accumulate  # batches from the start of this group
             self.batch += 1
             last = self.batch % self.accumulate == 0 or self.batch == count
             self.step_loss = self.step(batch, min(left, self.accumulate), last)
             size = find_batch_size(batch)
-            self.total += self.step_loss * size
+            self.total = self.total + self.step_loss * size  # on the device
             self.seen += size
             self.steps += 1
-            if (now := time.perf_counter()) - looked > REFRESH:
-                looked, rate = now, (self.seen - before) / (now - start)
+            if (now := time.perf_counter()) - read > REFRESH:
+                read, rate = now, (self.seen - before) / (now - start)
                 self.mean_loss = self.total.item() / self.seen
                 self.bar.set_postfix_str(f"loss {self.mean_loss:.3f}, {rate:,.0f} samples/s", refresh=False)
             self.bar.update()
             self._call("after_step")
             if self.steps >= self.last_step:
                 break
-        total, seen = self.accelerator.reduce((self.total, torch.tensor(self.seen, device=self.accelerator.device)))
+        device = self.accelerator.device
+        total, seen = self.accelerator.reduce((self.total.to(device), torch.tensor(self.seen, device=device)))
         rate = (self.seen - before) * self.accelerator.num_processes / (time.perf_counter() - start)
         self.mean_loss = total.item() / max(seen.item(), 1)
         return {"train_loss": self.mean_loss, "train_samples_per_second": rate}
 
     def _batches(self):
-        """The batches of this epoch that are still to be done; remembers what the epoch's order was drawn from."""
-        loader = self.train_loader
+        """The batches of this epoch that have not been trained on."""
+        loader, now = self.train_loader, self._random_states()
         if not self.batch:
-            self.epoch_random, self.seen = self._random(), 0
-            self.total = torch.zeros((), device=self.accelerator.device)
+            self.epoch_random, self.seen, self.total = now, 0, torch.zeros(())
             return iter(loader)
-        now = self._random()
-        self._set_random(self.epoch_random)  # draw the same order once more, then go on from where it was left
-        if iterable := isinstance(loader.dataset, IterableDataset):
-            order = iter(loader)
-        else:
+        self._set_random_states(self.epoch_random)  # draw the same order as before, and skip what has been done
+        if by_index := loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
             torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # as a loader does when it starts
-            order = iter(loader.batch_sampler)
+        order = iter(loader.batch_sampler if by_index else loader)
         for _ in range(self.batch):
             next(order)
-        batches = order if iterable else iter(_over(loader, order))
-        self._set_random(now)
+        batches = iter(_replace_order(loader, order)) if by_index else order
+        self._set_random_states(now)
         return batches
 
     @torch.inference_mode()
     def evaluate(self, loader):
-        """{"loss": …, metric: …} over a loader, every sample counted once, in several processes too."""
+        """{"loss": …, metric: …} over a loader, every sample counted once, on several processes too."""
         if self.metrics:
             self.metrics.reset()
         total, seen = torch.zeros((), device=self.accelerator.device), 0
         for loss, outputs, targets in self._outputs(loader):
-            if loss is not None:
-                total += loss * find_batch_size(outputs)
-            seen += find_batch_size(outputs)
+            size = find_batch_size(outputs)
+            total, seen = None if loss is None else total + loss * size, seen + size
             if self.metrics:
                 self.metrics.update(outputs, targets)
         values = {name: value.tolist() for name, value in self.metrics.compute().items()} if self.metrics else {}
-        return ({} if loss is None else {"loss": total.item() / seen}) | values
+        if total is None:
+            return values
+        if self.shared:
+            total, seen = self.accelerator.reduce((total, torch.tensor(seen, device=total.device)))
+        return {"loss": total.item() / int(seen), **values}
 
     @torch.inference_mode()
     def predict(self, loader):
-        """The model's outputs and the targets over a loader, in its order, on the CPU: (N, …), (N, …)."""
-        outputs, targets = zip(*((outputs.cpu(), targets.cpu()) for _, outputs, targets in self._outputs(loader)))
+        """The model's outputs and the targets over a loader, in its order, on the CPU: (samples, …), (samples, …)."""
+        batches = [(outputs.cpu(), targets.cpu()) for _, outputs, targets in self._outputs(loader)]
+        if self.shared:  # the processes took turns
+            turns = zip_longest(*gather_object([batches]))
+            batches = [batch for turn in turns for batch in turn if batch is not None]
+        outputs, targets = zip(*batches)
         return torch.cat(outputs), torch.cat(targets)
 
     def _outputs(self, loader):
-        """(loss, outputs, targets) of each batch, of all processes together."""
-        self.task.eval()
+        """(loss, outputs, targets) of each batch; of several processes, each has its share."""
         if loader not in (self.train_loader, self.val_loader, self.test_loader):
-            loader = self._placed(loader)
+            loader = self._shard(loader, even=False)
+        self.shared = hasattr(loader, "shared")
+        if self.accelerator.num_processes > 1:
+            broadcast(list(self.model.buffers()))  # a batch norm's statistics, which DDP does not average
+        self.task.eval()
         for batch in loader:
-            loss, *outputs = self.task(send_to_device(batch, self.accelerator.device), training=False)
-            loss = sum(loss) if isinstance(loss, (Iterator, tuple, list)) else loss
-            if self.accelerator.num_processes > 1:
-                outputs = self.accelerator.gather_for_metrics(outputs)  # without what was added to make it even
-                if self.criterion is not None:
-                    loss = self.criterion(*outputs)
-                elif loss is not None:
-                    loss = self.accelerator.reduce(loss, "mean")
-            yield loss, *outputs
+            loss, *outputs = self.own_task(send_to_device(batch, self.accelerator.device), training=False)
+            yield sum(loss) if isinstance(loss, (Iterator, tuple, list)) else loss, *outputs
 
     def _call(self, moment):
         for callback in self.callbacks:
             if method := getattr(callback, moment, None):
                 method(self)
 
-    # What makes training go on exactly where it was: see Checkpoint.
-
-    _PLACE = ("history", "steps", "batch", "total", "seen", "epoch_random")
-
     def state_dict(self):
-        """All that the rest of the training depends on: weights, optimizers, callbacks, random states, place.
-
-        Every process has to call it, for each has random states of its own.
-        """
-        scaler, place = self.accelerator.scaler, {name: getattr(self, name) for name in self._PLACE}
-        mine = {"random": self._random(), "place": {**place, "total": self.total.cpu()}}
-        return {"model": self.model.state_dict(), "optimizers": [each.state_dict() for each in self.optimizers],
-                "scheduler": self.scheduler and self.scheduler.state_dict(), "scaler": scaler and scaler.state_dict(),
-                "callbacks": [callback.state_dict() for callback in self._with_state()],
-                "processes": gather_object([mine])}
+        """Everything that the rest of the training depends on, for exact resume. Every process has to call it."""
+        self.total = self.total.cpu()  # others would load it onto this process's GPU; the next step moves it back
+        own = {"random": self._random_states(), "place": {name: vars(self)[name] for name in PLACE}}
+        return {"parts": [part.state_dict() for part in self._parts()], "processes": gather_object([own])}
 
     def load_state_dict(self, state):
-        """Take up what `state_dict` gave, in a loop made in the same way, with the same callbacks.
+        """Continue from what `state_dict` returned, in a loop and with callbacks that were made in the same way.
 
-        Raises ValueError when it is of another number of processes: each goes on from its own place.
+        Raises ValueError when the number of processes, or of optimizers and callbacks with a state, differs.
         """
         if (count := len(state["processes"])) != self.accelerator.num_processes:
             raise ValueError(f"This training was begun with {count} processes and cannot go on with "
                              f"{self.accelerator.num_processes}: use as many, or another place for its checkpoints.")
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-            optimizer.zero_grad()  # what an error has left
-        for part, saved in ((self.scheduler, state["scheduler"]), (self.accelerator.scaler, state["scaler"]),
-                            *zip(self._with_state(), state["callbacks"], strict=True)):
-            if saved:
-                part.load_state_dict(saved)
-        mine = state["processes"][self.accelerator.process_index]
-        vars(self).update(mine["place"])
-        self.total = self.total.to(self.accelerator.device)
-        self._set_random(mine["random"])
+        for part, saved in zip(self._parts(), state["parts"], strict=True):
+            part.load_state_dict(saved)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()  # an error may have left gradients
+        own = state["processes"][self.accelerator.process_index]
+        vars(self).update(own["place"])
+        self._set_random_states(own["random"])
 
-    def _with_state(self):
-        return [callback for callback in self.callbacks if hasattr(callback, "state_dict")]
+    def _parts(self):
+        parts = self.model, *self.optimizers, self.scheduler, self.accelerator.scaler, *self.callbacks
+        return [part for part in parts if hasattr(part, "state_dict")]
 
-    def _random(self):
-        return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                "loaders": [generator.get_state() for generator in self.generators]}
+    def _random_states(self):
+        return {name: get() for name, (get, _) in self.random.items()}
 
-    def _set_random(self, state):
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        torch.set_rng_state(state["torch"])
-        torch.cuda.set_rng_state_all(state["cuda"])
-        for generator, saved in zip(self.generators, state["loaders"], strict=True):
-            generator.set_state(saved)
+    def _set_random_states(self, states):
+        for name in states.keys() & self.random.keys():  # a GPU's is missing where training goes on without one
+            self.random[name][1](states[name])
+
+
+def _random_sources(device, *loaders):
+    """{name: (get state, set state)} of every source of random numbers: Python's, NumPy's, PyTorch's, the loaders'."""
+    sources = {"python": (random.getstate, random.setstate), "numpy": (np.random.get_state, np.random.set_state),
+               "torch": (torch.get_rng_state, torch.set_rng_state)}
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        sources[device.type] = (module.get_rng_state, module.set_rng_state)
+    owners = [owner for loader in loaders if loader is not None
+              for owner in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))]
+    generators = dict.fromkeys(getattr(owner, "generator", None) for owner in owners)
+    generators.pop(None, None)
+    return sources | {f"loader {i}": (each.get_state, each.set_state) for i, each in enumerate(generators)}
 
 
 def best_precision():
-    """What TrainLoop's mixed_precision should be here: "bf16" where the hardware multiplies in it, or "no"."""
+    """The mixed_precision for TrainLoop here: "bf16" where the hardware multiplies in it, or "no"."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     cpu = torch.cpu.get_capabilities()
     return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "no"
 
 
-def _over(loader, batch_sampler, **options):
-    """A loader like this one, over other batches."""
-    return DataLoader(loader.dataset, batch_sampler=batch_sampler, num_workers=loader.num_workers,
-                      collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, generator=loader.generator,
-                      worker_init_fn=loader.worker_init_fn, multiprocessing_context=loader.multiprocessing_context,
-                      **options)
+def _replace_order(loader, batch_sampler):
+    """A loader like this one whose batches have the indices that batch_sampler gives."""
+    names = ("num_workers", "collate_fn", "pin_memory", "generator", "worker_init_fn", "multiprocessing_context",
+             "persistent_workers")
+    return DataLoader(loader.dataset, batch_sampler=batch_sampler, **{name: getattr(loader, name) for name in names})

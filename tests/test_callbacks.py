@@ -28,17 +28,24 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from helpers import callbacks, experiment, storage, training
-from helpers.chapters import recipes
-from helpers.callbacks import Call, Checkpoint, ClipGradients, EarlyStopping, LearningRate, SaveHistory
+from helpers.callbacks import Checkpoint, ClipGradients, EarlyStopping, LearningRate, SaveHistory
 from helpers.chapters.recipes import (ConstantPrediction, DryRun, GradientStatistics, Notify, TensorBoard,
                                       TerminateOnNaN)
-from helpers.training import MOMENTS, CancelFit, TrainLoop
+from helpers.training import Callback, CancelFit, TrainLoop
 from servers import free_port
 from servers.embedded import connected
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Requiring AUTH")]  # of aiosmtpd
 
 LAST = 1000  # an order after all others
+
+
+class Call(Callback):
+    """Functions of the loop, by the moment at which they are called."""
+
+    def __init__(self, order=0, **functions):
+        self.order = order
+        vars(self).update(functions)
 
 
 class Net(nn.Module):
@@ -138,18 +145,7 @@ def run(tmp_path):
     return experiment.Run(tmp_path / "runs")
 
 
-# ------------------------------------------------------------------------------------------------- Call and DryRun
-
-
-def test_call_runs_a_function_at_every_moment_with_the_loop():
-    pages, loop = [], make_loop()
-    notes = Call(**{moment: lambda got, moment=moment: pages.append((moment, got is loop)) for moment in MOMENTS})
-    loop.fit(1, [notes])
-    step = ["after_backward", "after_step"]
-    assert pages == [(moment, True) for moment in ["before_fit", "before_epoch", *step * 5, "after_epoch", "after_fit"]]
-    with pytest.raises(ZeroDivisionError):
-        loop.fit(1, [notes, Call(before_epoch=fail)])
-    assert [moment for moment, _ in pages[-3:]] == ["before_fit", "before_epoch", "after_error"]
+# ---------------------------------------------------------------------------------------------------------- DryRun
 
 
 @pytest.mark.parametrize("end", [None, fail, cancel])
@@ -194,7 +190,7 @@ WARM = [0.1 / 3, 0.2 / 3, 0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375, 0.025, 0.012
     ("linear", {"warmup": 0.2}, WARM),
     ("cosine", {}, COSINE),
     ("cosine", {"cycles": 2}, COSINE[::2] * 2),
-    ("linear", {"warmup": 2, "cycles": 2}, WARM[:2] + WARM[2::2] * 2),
+    ("cosine", {"warmup": 2, "cycles": 2}, WARM[:2] + [0.1, 0.08535534, 0.05, 0.01464466] * 2),
     ("linear", {"every": "epoch"}, [0.1] * 5 + [0.05] * 5),
     (lambda optimizer: lr_scheduler.StepLR(optimizer, 4, 0.5), {}, [0.1] * 4 + [0.05] * 4 + [0.025] * 2),
     (lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.3), {"every": "epoch"}, [0.1] * 5 + [0.03] * 5)])
@@ -380,7 +376,7 @@ def test_no_checkpoint_holds_weights_that_are_no_numbers(monkeypatch, tmp_path, 
     assert not loop.model.body.weight.isfinite().any() and loop.steps == (10 if guard else 15)
     kept = checkpoints(str(tmp_path))
     assert max(kept, default=0) == {1: 6, "epoch": 5, "end": 0}[every]
-    assert all(weight.isfinite().all() for state in kept.values() for weight in state["model"].values())
+    assert all(weight.isfinite().all() for state in kept.values() for weight in state["parts"][0].values())
 
 
 @pytest.mark.parametrize("outputs, expected", [
@@ -608,7 +604,7 @@ def test_checkpoints_are_kept_as_often_as_was_asked_for(every, options, expected
     loop.fit(2, [Checkpoint(str(tmp_path), every=every, keep=99)])
     kept = checkpoints(str(tmp_path))
     assert sorted(kept) == expected
-    assert all(torch.equal(kept[10]["model"][name], weight) for name, weight in loop.model.state_dict().items())
+    assert all(torch.equal(kept[10]["parts"][0][name], weight) for name, weight in loop.model.state_dict().items())
 
 
 @pytest.mark.parametrize("length", [{"num_epochs": 2}, {"num_steps": 7}])
@@ -646,8 +642,8 @@ def test_a_column_that_is_not_measured_is_named(make, tmp_path):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: Call(after_lunch=print), "no moment after_lunch; there are: before_fit, .*after_error"),
     (lambda: LearningRate("cosin"), "no schedule 'cosin'; there are: constant, linear, cosine, and"),
+    (lambda: LearningRate("linear", cycles=2), "cycles is for the cosine schedule"),
     (lambda: LearningRate("cosine", every="batch"), "\"step\" or \"epoch\", not 'batch'"),
     (lambda: Checkpoint("there", every="batch"), "\"epoch\", \"end\" or a number of steps, not 'batch'")])
 def test_a_choice_that_there_is_not_is_named_at_once(make, message):

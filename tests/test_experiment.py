@@ -308,10 +308,14 @@ def test_runs_are_compared_newest_first_with_what_differs(compared):
     marks = {"finished": True, "newest": False, "best": False}
     assert comparison.url == compared and comparison.metric == "accuracy"
     assert comparison.rows == [
-        {"run": "2026-01-04", **marks, "finished": False, "newest": True, "lr": 1e-5, "model": "cnn"},
-        {"run": "2026-01-03", **marks, "best": True, "lr": 0.001, "model": "cnn", "accuracy": 0.75, "val_loss": 2.5},
-        {"run": "2026-01-02", **marks, "lr": 0.1, "model": "cnn", "accuracy": 0.5, "val_loss": 3},
-        {"run": "2026-01-01", **marks, "lr": 1, "model": "mlp", "depth": None, "accuracy": 0.25, "val_loss": 1}]
+        {"run": "2026-01-04", **marks, "finished": False, "newest": True,
+         "hyperparameters": {"lr": 1e-5, "model": "cnn"}, "metrics": {}},
+        {"run": "2026-01-03", **marks, "best": True,
+         "hyperparameters": {"lr": 0.001, "model": "cnn"}, "metrics": {"accuracy": 0.75, "val_loss": 2.5}},
+        {"run": "2026-01-02", **marks,
+         "hyperparameters": {"lr": 0.1, "model": "cnn"}, "metrics": {"accuracy": 0.5, "val_loss": 3}},
+        {"run": "2026-01-01", **marks,
+         "hyperparameters": {"lr": 1, "model": "mlp", "depth": None}, "metrics": {"accuracy": 0.25, "val_loss": 1}}]
 
 
 def best(comparison):
@@ -335,19 +339,20 @@ def test_runs_of_several_projects_are_compared(url):
     past_run(url, "other/2020-01-01", {"bucket": "b"}, {"epochs": 9})
     past_run(f"{url}-2", "other/2020-01-01", {"bucket": "b"}, {"epochs": 9})
     comparison = experiment.compare(url, "accuracy")
-    facts = {"finished": True, "newest": True, "best": True}
     name = f"train/{real.url.rpartition('/')[2]}"
-    assert comparison.rows == [{"run": name, **facts, "epochs": 3, "epochs (result)": 2, "best (result)": 1,
-                                "accuracy": 0.5},
-                               {"run": "other/2020-01-01", **facts, "newest": False, "best": False,
-                                "epochs (result)": 9}]
+    assert comparison.rows == [
+        {"run": name, "finished": True, "newest": True, "best": True,
+         "hyperparameters": {"epochs": 3}, "metrics": {"epochs": 2, "best": 1, "accuracy": 0.5}},
+        {"run": "other/2020-01-01", "finished": True, "newest": False, "best": False,
+         "hyperparameters": {}, "metrics": {"epochs": 9}}]
 
 
 def test_nothing_to_compare_is_an_empty_table():
     nothing, one = experiment.compare("memory://no/runs"), experiment.Run("memory://one", a=1)
     assert nothing.rows == [] and "0 runs at memory://no/runs" in nothing._repr_html_()
     row, = experiment.compare("memory://one", "accuracy").rows  # that does not fail before the first run is finished
-    assert row == {"run": one.url[13:], "finished": False, "newest": True, "best": False}
+    assert row == {"run": one.url[13:], "finished": False, "newest": True, "best": False, "hyperparameters": {},
+                   "metrics": {}}
     with pytest.raises(storage.StorageError, match="no-such-bucket"):
         experiment.compare("s3://no-such-bucket/runs")
 
@@ -362,6 +367,8 @@ class Table(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        if tag == "table":
+            self.lines = []
         if tag == "tr":
             self.lines.append([])
         if tag in ("td", "th"):
@@ -375,15 +382,13 @@ def test_the_table_shows_what_differs_what_came_out_and_which_is_best(compared):
     past_run(compared, "2025-01-01", {"lr": 1e-5, "model": "<script>alert('a')</script>", "a & b": "<b>"}, {"<i>": 1})
     table = Table(experiment.compare(compared, "val_loss")._repr_html_())
     assert table.lines == [
-        [f"5 runs at {compared}", "", "lr", "model", "seed", "accuracy", "val_loss ↓", "depth", "a & b", "<i>"],
+        [f"5 runs at {compared}", "", "lr", "model", "seed", "depth", "a & b", "accuracy", "val_loss ↓", "<i>"],
         ["2026-01-04", "newest, cut off", "1e-05", "cnn", "0", "", "", "", "", ""],
-        ["2026-01-03", "", "0.001", "cnn", "0", "0.75", "2.5", "", "", ""],
-        ["2026-01-02", "", "0.1", "cnn", "0", "0.5", "3", "", "", ""],
-        ["2026-01-01", "★ best", "1", "mlp", "0", "0.25", "1", "None", "", ""],
-        ["2025-01-01", "", "1e-05", "<script>alert('a')</script>", "", "", "", "", "<b>", "1"]]
+        ["2026-01-03", "", "0.001", "cnn", "0", "", "", "0.75", "2.5", ""],
+        ["2026-01-02", "", "0.1", "cnn", "0", "", "", "0.5", "3", ""],
+        ["2026-01-01", "★ best", "1", "mlp", "0", "None", "", "0.25", "1", ""],
+        ["2025-01-01", "", "1e-05", "<script>alert('a')</script>", "", "", "<b>", "", "", "1"]]
     assert {tag for tag, _ in table.tags} == {"table", "tr", "th", "td"}
-    colours = [attributes["style"] for tag, attributes in table.tags if tag == "tr"]
-    assert [bool("rgba" in colour) for colour in colours] == [False, False, False, True, False]
 
 
 def test_a_plot_shows_a_metric_over_a_hyperparameter(compared):
@@ -399,7 +404,7 @@ def test_a_plot_shows_a_metric_over_a_hyperparameter(compared):
     assert [label.get_text() for label in axis.get_xticklabels()] == ["None"]
     experiment.Run(compared, plotted=True).save_figure("plot", comparison.plot("lr"))
     assert not matplotlib.pyplot.get_fignums()  # Jupyter would show the open ones a second time
-    with pytest.raises(ValueError, match="both 'seed' and 'accuracy'; there are: .*, lr, model, .*accuracy"):
+    with pytest.raises(ValueError, match="both 'seed' and 'accuracy'; there are: lr, model, accuracy, val_loss, depth"):
         comparison.plot("seed")
 
 
@@ -567,7 +572,7 @@ def test_a_local_write_that_is_killed_leaves_the_old_file(tmp_path):
     storage.write(path, b"old")
     process = subprocess.Popen([sys.executable, "-c", """
 import sys
-from helpers import experiment
+from helpers import storage
 print("ready", flush=True)
 while True:
     for letter in b"ab":
@@ -575,7 +580,7 @@ while True:
 """, path], stdout=subprocess.PIPE)
     process.stdout.readline()
     while path.read_bytes() == b"old":
-        pass
+        assert process.poll() is None
     seen = {path.read_bytes() for _ in range(200)}
     process.kill()
     process.communicate()

@@ -166,7 +166,7 @@ def test_the_device_is_waited_for_a_few_times_a_second_only(monkeypatch):
 
 def test_what_is_missing_for_training_is_named():
     for loop, epochs in ((TrainLoop(network()), 1), (TrainLoop(network(), loader(data())), 1), (make_loop(), None)):
-        with pytest.raises(ValueError, match="takes a train_loader and an optimizer, and fit a num_epochs or num_steps"):
+        with pytest.raises(ValueError, match="a train_loader and an optimizer, and fit a num_epochs or num_steps"):
             loop.fit(epochs)
 
 
