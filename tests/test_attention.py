@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -273,6 +274,14 @@ def test_a_pictures_cells_have_the_colours_of_the_weights(tokens, heads):
         assert ink(pixels, (0, left), (top + near[0], top + near[1])) > 20
         assert ink(pixels, (left + near[0], left + near[1]), (0, top)) > 20
     assert cell >= 15.9
+
+
+def test_five_hundred_heatmaps_take_less_than_a_minute(tmp_path):
+    examples = [example_of(LONG.split() * 2, seed=i) for i in range(11)]
+    attention.save(examples[:1], tmp_path)  # outlines are kept
+    start = time.process_time()
+    attention.save(examples[1:], tmp_path)
+    assert time.process_time() - start < 10 / 500 * 60
 
 
 def test_cropped_as_jupyter_does_it_is_the_same_picture():

@@ -192,11 +192,12 @@ def characters(path):
 @functools.cache
 def font_family(char):
     """The first font that has a character, DejaVu Sans or else one installed here; None if there is none."""
-    fonts = [font for font in font_manager.fontManager.ttflist if font.name == "DejaVu Sans" or
-             not font.fname.startswith(matplotlib.get_data_path())]  # matplotlib's others are for formulas
-    fonts = [font for font in fonts if font.style == "normal" and font.weight in (400, "normal", "regular")]
-    fonts.sort(key=lambda font: (font.name != "DejaVu Sans", font.name))
-    return next((font.name for font in fonts if ord(char) in characters(font.fname)), None)
+    fonts = sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name != "DejaVu Sans", font.name))
+    for font in fonts:
+        regular = font.style == "normal" and font.weight in (400, "normal", "regular")
+        formulas = font.name != "DejaVu Sans" and font.fname.startswith(matplotlib.get_data_path())
+        if regular and not formulas and ord(char) in characters(font.fname):
+            return font.name
 
 def label(token):
     """A token as it is written beside a heatmap."""
@@ -240,7 +241,7 @@ def token_letters(example, cell, size):
     return above, beside, top, left
 
 def heatmap(example, weights, titles=None):
-    """A figure of weights (target, source), or of several panels (n, target, source) with titles below them."""
+    """A figure of weights (target, source), or of panels (n, target, source) with titles below; savefig writes it."""
     panels = np.ma.masked_equal(np.reshape(weights, (-1, len(example.target), len(example.source))), 0)
     count, rows, columns = panels.shape
     if titles is None and count > 1:
