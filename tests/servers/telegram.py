@@ -75,11 +75,12 @@ class Telegram(ThreadingHTTPServer):
         self.push(message={"message_id": next(self.numbers), "date": int(time.time()), **person(user), **content})
 
     def press(self, user, message, data):
-        """A user presses the button with this data below a message of the bot."""
+        """A user presses the button with this data below a message of the bot (None: of one that was sent inline)."""
         query = str(next(self.numbers))
         self.queries.add(query)
+        below = {"message": message} if message else {"inline_message_id": "1"}
         self.push(callback_query={"id": query, "from": person(user)["from"], "chat_instance": "1", "data": data,
-                                  "message": message})
+                                  **below})
         return query
 
     # ----------------------------------------------------------------------------------------- what the bot did
