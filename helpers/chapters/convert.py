@@ -44,13 +44,10 @@ def parse_example(line):
     return {"turns": [texts["context"], *older], "reply": texts["response"],
             "topic": record.get("subreddit"), "thread": record.get("thread_id")}
 
-HELD_OUT = 15  # percent of the threads
-
-
 def assign_split(example):
-    """"train" or "held_out"."""
+    """"train" or "held_out", which 15 percent of the threads are."""
     name = str(example["thread"] or example["turns"][0].lower())
-    return "held_out" if zlib.crc32(name.encode()) % 100 < HELD_OUT else "train"
+    return "held_out" if zlib.crc32(name.encode()) % 100 < 15 else "train"
 
 class Dialogues:
     """Examples from a file or a folder of JSON lines (.json, .jsonl, also .gz) at any fsspec URL, never all in memory.
@@ -123,6 +120,17 @@ def train_pieces(texts, vocab_size):
         vocab_size=vocab_size, min_frequency=2, special_tokens=["<unk>"], show_progress=False))
     return backend.to_str().encode()
 
+def split_pieces(backend, texts, limit):
+    """The first pieces of each text, as pairs (id, text); "▁" is a space."""
+    if isinstance(backend, tokenizers.Tokenizer):
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
+        rows = (zip(encoding.ids, [token if token == "▁" else text[start:end]  # one put in front is nowhere in the text
+                                   for token, (start, end) in zip(encoding.tokens, encoding.offsets)])
+                for text, encoding in zip(texts, encodings))
+    else:
+        rows = map(zip, backend.encode(texts), backend.encode(texts, out_type=str))
+    return [list(itertools.islice(row, limit)) for row in rows]
+
 PADDING = 0  # fills short texts up; no piece has this id
 
 
@@ -152,26 +160,14 @@ class Tokenizer:
         return cls(train_pieces(texts, config.vocab_size), config)
 
     def __call__(self, texts):
-        return [[self._hash(piece) if id == self.unknown else id + 1 for id, piece in row]
-                for row in split_pieces(self.backend, list(texts), self.config.max_length)]
-
-    def _hash(self, piece):
-        return 1 + self.config.vocab_size + zlib.crc32(piece.lower().encode()) % self.config.buckets
+        rows = split_pieces(self.backend, list(texts), self.config.max_length)
+        first, buckets = 1 + self.config.vocab_size, self.config.buckets
+        return [[first + zlib.crc32(piece.lower().encode()) % buckets if id == self.unknown else id + 1
+                 for id, piece in row] for row in rows]
 
     def pieces(self, text):
         """The text of each piece, as many as there are ids."""
         return [piece.replace("▁", " ") for _, piece in split_pieces(self.backend, [text], self.config.max_length)[0]]
-
-def split_pieces(backend, texts, limit):
-    """Of each text the first pieces, as pairs (id, text)."""
-    if isinstance(backend, tokenizers.Tokenizer):
-        encodings = backend.encode_batch(texts, add_special_tokens=False)
-        rows = (zip(encoding.ids, [token if token == "▁" else text[start:end]  # a space put in front has no place
-                                   for token, (start, end) in zip(encoding.tokens, encoding.offsets)])
-                for text, encoding in zip(texts, encodings))
-    else:
-        rows = map(zip, backend.encode(texts), backend.encode(texts, out_type=str))
-    return [list(itertools.islice(row, limit)) for row in rows]
 
 def embed(ids, places, pieces, tables):
     """ids and places in the text, both (tokens,) -> (tokens, width): the piece's vector plus a row of each table."""
@@ -181,10 +177,9 @@ def embed(ids, places, pieces, tables):
     return x
 
 class Layout:
-    """Where the real tokens of padded ids (texts, length) are: `flat` lists them, `padded` puts them back.
+    """Where the real tokens of padded ids (texts, length) are.
 
-    mask (texts, length): real or padding; text, position (tokens,): which text a token is of, and its place there;
-    distance (length, length): from each target to each source.
+    mask (texts, length): whether real; text, position (tokens,): of each real token; distance (target, source).
     """
 
     def __init__(self, ids):
@@ -298,34 +293,24 @@ class Tower(nn.Module):
             x = norm(x + F.silu(GELU * layer(x)) / GELU)
         return F.normalize(self.output(x), dim=1)
 
-def gather_replies(replies):
-    """All processes' replies in one tensor, and where this process's begin."""
-    if not torch.distributed.is_initialized():
-        return replies, 0
-    first = torch.distributed.get_rank() * len(replies)
-    return torch.cat(torch.distributed.nn.functional.all_gather(replies)), first
-
 def contrast(contexts, replies, scale, smoothing, first=0):
-    """The loss of unit vectors (contexts, width), (replies, width); the reply to context i is replies[first + i]."""
-    targets = torch.arange(first, first + len(contexts), device=replies.device)
-    with torch.autocast(replies.device.type, enabled=False):  # in bf16 C would multiply what is lost of a cosine
+    """The loss of unit vectors (kinds, texts, width) and (replies, width); text i belongs to replies[first + i]."""
+    targets = torch.arange(first, first + contexts.shape[1], device=replies.device).expand(len(contexts), -1)
+    with torch.autocast(replies.device.type, enabled=False):  # bf16 would lose too much of C times a cosine
         scores = scale * contexts.float() @ replies.float().T
-    return F.cross_entropy(scores, targets, label_smoothing=smoothing)
+    return F.cross_entropy(scores.flatten(0, 1), targets.flatten(), label_smoothing=smoothing)
 
 def join_older(turns):
     """The turns before the last, newest first, as one text."""
     return " ".join(turns[1:TURNS + 1])
 
 def combine(context, older, has_older):
-    """Unit vectors (texts, width) of last turns and of older ones -> of the older ones, and of both together.
-
-    has_older (texts, 1): where False, the last turn's vector stands for the older ones.
-    """
+    """Unit vectors (texts, width) of last and of older turns -> of older ones (without any, the last), and of both."""
     older = torch.where(has_older, older, context)
     return [older, F.normalize(context + older, dim=1)]
 
 class DualEncoder(Reader):
-    """Batches {"context": padded ids (texts, length), "reply": …, and perhaps "extra": …} -> vectors, loss, cosines."""
+    """Vectors, loss and cosines of batches {"context": padded ids (texts, length), "reply": …, perhaps "extra": …}."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -339,7 +324,10 @@ class DualEncoder(Reader):
         return self.config.output_width**0.5 * self.similarity.sigmoid()
 
     def encode(self, batch):
-        """[contexts, …], replies: unit vectors (texts, output_width). With extra: of last turn, older turns, both."""
+        """Unit vectors: contexts (kinds, texts, output_width), replies (texts, output_width).
+
+        There is one kind, the last turn, or with "extra" three: the last turn, the older ones, and both.
+        """
         names = [name for name in ("context", "reply", "extra") if name in batch]
         length = max(batch[name].shape[1] for name in names)
         ids = torch.cat([F.pad(batch[name], (0, length - batch[name].shape[1])) for name in names])
@@ -348,14 +336,16 @@ class DualEncoder(Reader):
         if extra:
             has_older = (batch["extra"] != PADDING).any(1, keepdim=True)
             contexts += combine(contexts[0], self.extra_tower(extra[0]), has_older)
-        return contexts, self.reply_tower(reply)
+        return torch.stack(contexts), self.reply_tower(reply)
 
     def get_loss(self, batch, criterion=None):
-        """The mean of the losses of each kind of context."""
+        """The loss over the replies of all processes, averaged over the kinds of contexts."""
         contexts, replies = self.encode(batch)
-        replies, first = gather_replies(replies) if self.training else (replies, 0)
-        smoothing = self.config.label_smoothing
-        return torch.stack([contrast(each, replies, self.scale, smoothing, first) for each in contexts]).mean()
+        first = 0
+        if self.training and torch.distributed.is_initialized():
+            first = torch.distributed.get_rank() * len(replies)
+            replies = torch.cat(torch.distributed.nn.functional.all_gather(replies))
+        return contrast(contexts, replies, self.scale, self.config.label_smoothing, first)
 
     def get_predictions(self, batch):
         """Cosines (contexts, replies) and which reply is right, for evaluation.retrieval."""
@@ -498,14 +488,13 @@ def collate(examples, tokenizer, multi_context=False):
     """Examples -> a batch."""
     return stack(tokenize(examples, tokenizer, multi_context))
 
-POOL = 20  # batches read ahead, of which examples of like length are put together
-
-
 class Batches(IterableDataset):
     """Batches of random examples of like length, the remainder left out; DataLoader(Batches(…), batch_size=None).
 
     examples: how many `dialogues` has, for a stream cannot tell. Raises ValueError where they are too few for a batch.
     """
+
+    pool = 20  # batches that are read ahead
 
     def __init__(self, dialogues, tokenizer, batch_size, examples, multi_context=False):
         self.dialogues, self.batch_size = dialogues, batch_size
@@ -529,7 +518,7 @@ class Batches(IterableDataset):
 
     def _read_once(self, order, number, count):
         examples, size, full = self.dialogues.read_share(number, count), self.batch_size, 0
-        while pool := list(itertools.islice(examples, POOL * size)):
+        while pool := list(itertools.islice(examples, self.pool * size)):
             order.shuffle(pool)
             rows = self.tokenize(pool[:len(pool) // size * size])
             rows.sort(key=lambda row: sum(map(len, row.values())))
