@@ -6,6 +6,7 @@ any other place. All of them follow the standard AWS environment, and so do pand
 
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -21,15 +22,18 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from shutil import which
 from types import SimpleNamespace
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 import boto3
+import botocore.session
 import fsspec
 import obstore
 from boto3.s3.transfer import TransferConfig
+from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 from fsspec.implementations.local import LocalFileSystem
@@ -41,7 +45,9 @@ from tqdm import tqdm
 SPLITS = ("train", "val", "test")
 THREADS = 32  # transfers in flight: enough to hide 40 ms a request, few enough for a small server
 PART = 16 * 2**20  # bytes in a part of a large object: S3 takes 10,000 parts, so up to 160 GB
-SECRET = re.compile("SECRET|TOKEN|PASSWORD|API_KEY|SMTP_URL|WEBHOOK|DATABASE_URL")  # in the name of a variable
+SILENCE = 60  # seconds without a byte until a connection counts as broken, however long the transfer takes
+SECRET = re.compile("(SECRET|TOKEN|PASSW|PASSPHRASE|API_KEY|KEY$|SMTP_URL|WEBHOOK|DATABASE_URL|CONNECTION_STRING)"
+                    "(?!.*_(FILE|PATH|DIR)$)")  # in the name of a variable, unless that says that it holds a path
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -67,22 +73,19 @@ def connect():
     configured = any(os.environ.get(name) for name in names) or boto3.Session().available_profiles
     if not configured:
         os.environ.update(serve(REPOSITORY / ".s3"))
-    _make_store.cache_clear()
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
     try:
-        boto3.setup_default_session()  # each library keeps what it read of the environment: make them read it again
+        forget_connection()
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or boto3.Session().region_name
         os.environ |= dict.fromkeys(["AWS_REGION", "AWS_DEFAULT_REGION"], region or "us-east-1")  # boto3: the latter
         defaults = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "10"}
         endpoint = boto3.client("s3").meta.endpoint_url
     except (BotoCoreError, ValueError) as error:
         raise StorageError(f"{error}: check AWS_ENDPOINT_URL (http://host:port) and AWS_PROFILE.") from None
-    if not endpoint.endswith(".amazonaws.com"):  # other servers may not know the newer checksums of AWS
+    if not is_aws(endpoint):  # other servers may not know the newer checksums of AWS
         defaults |= dict.fromkeys(CHECKSUMS, "when_required")
     if endpoint.startswith("http://"):
         defaults["AWS_ALLOW_HTTP"] = "true"  # what obstore and other Rust clients ask for
     os.environ |= defaults | os.environ
-    client.cache_clear()
     with translate_errors("connecting"):
         quick = Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 5})
         try:
@@ -93,6 +96,18 @@ def connect():
                 raise
     print(f"S3 at {endpoint}" + ("" if configured else " (embedded server over .s3/; to use your own set "
                                  "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION)"))
+
+
+def forget_connection():
+    """Make each library read the environment again, of which it keeps what it has read."""
+    _make_client.cache_clear()
+    _make_store.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    boto3.setup_default_session()
+
+
+def is_aws(endpoint):
+    return re.search(r"\.amazonaws\.com(\.cn)?$", urlsplit(endpoint).hostname or "") is not None
 
 
 CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
@@ -137,10 +152,37 @@ def serve(directory):
             "NO_PROXY": direct, "no_proxy": direct}  # a company's proxy does not lead to this machine
 
 
-@functools.cache
-def client():
+def use_bucket(bucket, profile=None, endpoint_url=None, region=None, unsigned=False, requester_pays=False):
+    """Reach one bucket in another way than all others: public data at AWS, say, while your own store is the default.
+
+    profile: of the AWS configuration, for its keys. unsigned: read without a key, as the AWS command line does with
+    --no-sign-request. requester_pays: you pay for the transfer. The environment keeps it, also for worker processes.
+    """
+    options = dict(profile=profile, endpoint_url=endpoint_url, region=region, unsigned=unsigned,
+                   requester_pays=requester_pays)
+    os.environ["S3_BUCKETS"] = json.dumps(json.loads(os.environ.get("S3_BUCKETS", "{}")) | {bucket: options})
+    forget_connection()
+
+
+def _bucket_options(bucket):
+    defaults = dict.fromkeys(["profile", "endpoint_url", "region", "unsigned", "requester_pays"])
+    return defaults | json.loads(os.environ.get("S3_BUCKETS", "{}")).get(bucket, {})
+
+
+def client(bucket=None):
     """The boto3 client: for buckets, and for objects that are put, copied or deleted."""
-    return boto3.client("s3", config=Config(max_pool_connections=THREADS))
+    return _make_client(**_bucket_options(bucket))
+
+
+@functools.cache
+def _make_client(profile, endpoint_url, region, unsigned, requester_pays):
+    config = Config(max_pool_connections=THREADS, connect_timeout=SILENCE, read_timeout=SILENCE,
+                    signature_version=UNSIGNED if unsigned else None)
+    made = boto3.Session(profile_name=profile).client("s3", region, endpoint_url=endpoint_url, config=config)
+    if requester_pays:
+        made.meta.events.register("before-sign.s3", lambda request, **_: request.headers.add_header(
+            "x-amz-request-payer", "requester"))
+    return made
 
 
 def store(bucket):
@@ -156,10 +198,15 @@ def store(bucket):
 
 @functools.cache
 def _make_store(bucket):
-    session = boto3.Session()
-    return S3Store(bucket, endpoint=client().meta.endpoint_url, region=client().meta.region_name,
-                   credential_provider=Boto3CredentialProvider(session) if session.get_credentials() else None,
-                   client_options={"allow_http": True, "timeout": "120s"}, retry_config={"max_retries": 10})
+    options, meta = _bucket_options(bucket), client(bucket).meta
+    session, keys = boto3.Session(profile_name=options["profile"]), {"skip_signature": True}
+    if not options["unsigned"] and session.get_credentials():  # botocore knows when keys expire: ask it each time
+        keys = {"credential_provider": Boto3CredentialProvider(session, ttl=timedelta(0))}
+    limits = {"allow_http": True, "timeout": "365d", "connect_timeout": f"{SILENCE}s", "read_timeout": f"{SILENCE}s"}
+    if bundle := botocore.session.get_session().get_config_variable("ca_bundle"):
+        limits["root_certificate"] = Path(bundle).read_bytes()
+    return S3Store(bucket, endpoint=meta.endpoint_url, region=meta.region_name, client_options=limits,
+                   request_payer=bool(options["requester_pays"]), retry_config={"max_retries": 10}, **keys)
 
 
 _obstore_user = {}  # its process, which a forked one inherits
@@ -181,8 +228,8 @@ def translate_errors(url):
 
 def _translate(url, error):
     text = f"{error} {getattr(error, 'response', '')} {error.__cause__ or ''}"
-    endpoint = client().meta.endpoint_url
     bucket = parse(url)[0] if str(url).startswith("s3://") else None
+    endpoint, region = client(bucket).meta.endpoint_url, client(bucket).meta.region_name
     match = re.search(r"<Code>(\w+)</Code>|'Code': '(\w+)'|\((\w+)\) when calling", text)
     code = match[match.lastindex] if match else type(error).__name__
 
@@ -194,7 +241,6 @@ def _translate(url, error):
         return NotFound(f"There is no {url}{place}: check the {'name' if '://' in str(url) else 'path'}.")
     for codes, sentence in _SENTENCES.items():
         if code in codes.split():
-            region = client().meta.region_name
             return StorageError(sentence.format(url=url, endpoint=endpoint, code=code, region=region))
     if re.search(r"could not connect|timed? ?out|connection refused|error sending request|ConnectError", text, re.I):
         return StorageError(f"Nothing answers at {endpoint} ({url}): does the server run, is AWS_ENDPOINT_URL right?")
@@ -228,16 +274,24 @@ def retry(call):
 def redact(text):
     """The text with the secrets of the environment replaced by ***, and the names of the variables that were in it."""
     leaked = set()
-    for name, value in os.environ.items():
-        # Neither a well-known default such as "minioadmin", which any text may mention, nor the path of a key's file.
-        if not SECRET.search(name) or len(value) < 12 or value.startswith("/"):
-            continue
-        shown = {value, repr(value)[1:-1], quote(value, safe="")}  # as it is, as Python shows it, in an address
+    for name, secret in _list_secrets():
+        shown = {secret, repr(secret)[1:-1], quote(secret, safe="")}  # as it is, as Python shows it, in an address
         for written in shown | {json.dumps(form, ensure_ascii=False)[1:-1] for form in shown}:  # and these in a file
             if written in text:
                 text = text.replace(written, "***")
                 leaked.add(name)
     return text, leaked
+
+
+def _list_secrets():
+    """(variable, secret) of the environment."""
+    for name, value in os.environ.items():
+        match = re.match(r"[\w+.-]+://[^/?#]*:([^/?#]+)@", value)  # the address of a proxy or a database
+        hidden = ([value] if SECRET.search(name) else []) + ([match[1], unquote(match[1])] if match else [])
+        # A short one may be a well-known default such as "minioadmin", which any text may mention.
+        yield from ((name, secret) for secret in hidden if len(secret) >= 12)
+        if match:
+            yield name, f":{match[1]}@"
 
 
 def parse(url):
@@ -266,7 +320,7 @@ def buckets():
 def create_bucket(name):
     """Create a bucket; one that you own already is fine. Raises StorageError when it is somebody else's."""
     region, endpoint = client().meta.region_name, client().meta.endpoint_url
-    elsewhere = endpoint.endswith(".amazonaws.com") and region != "us-east-1"
+    elsewhere = is_aws(endpoint) and region != "us-east-1"
     location = {"CreateBucketConfiguration": {"LocationConstraint": region}} if elsewhere else {}
     with translate_errors(f"s3://{name}"):
         try:
@@ -284,10 +338,10 @@ def delete_bucket(name, contents=False):
     with translate_errors(f"s3://{name}"):
         if contents:
             delete(f"s3://{name}")
-        elif client().list_objects_v2(Bucket=name, MaxKeys=1).get("Contents"):
+        elif client(name).list_objects_v2(Bucket=name, MaxKeys=1).get("Contents"):
             raise StorageError(f"The bucket {name!r} is not empty: delete_bucket({name!r}, contents=True) deletes it "
                                "all.")
-        client().delete_bucket(Bucket=name)
+        client(name).delete_bucket(Bucket=name)
 
 
 # ------------------------------------------------------------------------------------------------------- objects
@@ -322,7 +376,8 @@ def objects(url):
 
 def _list_keys(bucket, prefix):
     """What boto3 lists under a prefix, slower than obstore, but every key: a//b, a/./b and a/, too."""
-    pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/" if prefix else "")
+    pages = client(bucket).get_paginator("list_objects_v2")
+    pages = pages.paginate(Bucket=bucket, Prefix=f"{prefix}/" if prefix else "")
     return [item for page in pages for item in page.get("Contents", ())]
 
 
@@ -341,7 +396,7 @@ def upload(source, url):
 
 
 def put_all(items, url, description):
-    """Put [(name, size, open)] under a prefix, skipping what is there with the same content (by size and ETag).
+    """Put [(name, size, open)] under a prefix, skipping what is there with the same content (by size and MD5).
 
     Small objects go up 32 at once, then the large ones one after the other, in parts of which 8 go up at once.
     Returns {"uploaded": n, "skipped": n}.
@@ -355,19 +410,24 @@ def put_all(items, url, description):
         name, size, open_source = item
         key = f"{prefix}/{name}".lstrip("/")
         with translate_errors(f"{url}/{name}"):
-            if name in there and there[name]["size"] == size:
-                with open_source() as source:
-                    if (there[name]["e_tag"] or "").strip('"') in etags(source):
-                        bar.update(size)
-                        return "skipped"
             with open_source() as source:
-                if size <= PART:  # upload_fileobj takes twice as long for these
-                    client().put_object(Bucket=bucket, Key=key, Body=source.read())
+                content = io.BytesIO(source.read()) if size <= PART else source
+                md5, md5_of_parts = etags(content)
+            if name in there and there[name]["size"] == size:
+                same = (there[name]["e_tag"] or "").strip('"') in (md5, md5_of_parts)
+                if same or client(bucket).head_object(Bucket=bucket, Key=key)["Metadata"].get("md5") == md5:
                     bar.update(size)
-                else:  # read once, from first to last: a member of a zip is slow to seek in
-                    once = SimpleNamespace(read=source.read)
-                    client().upload_fileobj(once, bucket, key, Callback=bar.update, Config=in_parts)
-        return "uploaded"
+                    return "skipped"
+            metadata = {"Metadata": {"md5": md5}}  # the ETags of an encrypted bucket are no MD5s
+            if size <= PART:  # upload_fileobj takes twice as long for these
+                content.seek(0)
+                client(bucket).put_object(Bucket=bucket, Key=key, Body=content, **metadata)
+                bar.update(size)
+                return "uploaded"
+            with open_source() as source:  # read from first to last: a member of a zip is slow to seek in
+                once = SimpleNamespace(read=source.read)
+                client(bucket).upload_fileobj(once, bucket, key, metadata, bar.update, in_parts)
+            return "uploaded"
 
     small, large = [item for item in items if item[1] <= PART], [item for item in items if item[1] > PART]
     with progress(sum(size for _, size, _ in items), description) as bar, ThreadPoolExecutor(THREADS) as pool:
@@ -384,24 +444,32 @@ def etags(source):
     return whole.hexdigest(), f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
-# ---------------------------------------------------------------------------------------------- files at any URL
+# --------------------------------------------------------------------------------------------- files at any URL
 
 
 @contextmanager
-def _open_filesystem(url):
+def open_filesystem(url):
     """The file system and path of any fsspec URL; errors within become StorageErrors that name the URL."""
     try:
         with translate_errors(url):
-            yield fsspec.url_to_fs(str(url))
+            yield fsspec.url_to_fs(str(url), **_fsspec_options(url))
     except ImportError as error:  # "Please install gcsfs to access Google Storage"
         raise StorageError(f"{url}: {error}.") from None
+
+
+def _fsspec_options(url):
+    """What s3fs needs to know of a bucket that is reached in another way."""
+    options = _bucket_options(parse(url)[0] if str(url).startswith("s3://") else None)
+    region, unsigned = options.pop("region"), options.pop("unsigned")
+    options |= {"anon": unsigned, "client_kwargs": region and {"region_name": region}}
+    return {name: value for name, value in options.items() if value}
 
 
 def write(url, data):
     """Write bytes to any fsspec URL, whole or not at all. Of several processes (torchrun), only the first one does."""
     if not is_first_process():
         return
-    with _open_filesystem(url) as (filesystem, path):
+    with open_filesystem(url) as (filesystem, path):
         if not isinstance(filesystem, LocalFileSystem):  # an object appears when it is complete
             filesystem.pipe_file(path, data)
             return
@@ -416,13 +484,13 @@ def write(url, data):
 
 def read(url):
     """The bytes at any fsspec URL. Raises storage.NotFound when there are none."""
-    with _open_filesystem(url) as (filesystem, path):
+    with open_filesystem(url) as (filesystem, path):
         return filesystem.cat_file(path)
 
 
 def list_files(url):
     """The names of all files under any fsspec URL, relative to it, sorted; none when it does not exist."""
-    with _open_filesystem(url) as (filesystem, path):
+    with open_filesystem(url) as (filesystem, path):
         filesystem.invalidate_cache()
         path = path.rstrip("/")  # gcsfs leaves it
         return sorted(name[len(path) + 1:] for name in filesystem.find(path))
@@ -433,7 +501,7 @@ def find_files(url, endings):
 
     Raises storage.NotFound when there are none.
     """
-    with _open_filesystem(url) as (filesystem, path):
+    with open_filesystem(url) as (filesystem, path):
         filesystem.invalidate_cache()
         names = [path] if filesystem.isfile(path) else sorted(filesystem.find(path))
         urls = [filesystem.unstrip_protocol(name) for name in names if name.endswith(tuple(endings))]
@@ -444,8 +512,9 @@ def find_files(url, endings):
 
 def read_lines(url):
     """The lines of a text file (UTF-8, also .gz) at any fsspec URL, one after the other as they arrive."""
-    with _open_filesystem(url), fsspec.open(url, "rt", encoding="utf-8", errors="replace", compression="infer") as file:
-        yield from file
+    with open_filesystem(url) as (filesystem, path):
+        with filesystem.open(path, "rt", encoding="utf-8", errors="replace", compression="infer") as file:
+            yield from file
 
 
 def delete(url):
@@ -453,17 +522,18 @@ def delete(url):
     if not is_first_process():
         return
     if not str(url).startswith("s3://"):
-        with _open_filesystem(url) as (filesystem, path):
+        with open_filesystem(url) as (filesystem, path):
             filesystem.rm(path, recursive=True)
         return
     bucket, key = parse(url)
     with translate_errors(url):
-        first = client().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", ())
+        first = client(bucket).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", ())
         keys = [item["Key"] for item in first if item["Key"] == key]  # the object itself, if there is one
         keys += [item["Key"] for item in _list_keys(bucket, key)]
         with progress(len(keys), f"deleting {url}", "object", disable=len(keys) < 1000) as bar:
             for batch in (keys[i:i + 1000] for i in range(0, len(keys), 1000)):  # a request takes a thousand
-                answer = client().delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": key} for key in batch]})
+                named = {"Objects": [{"Key": key} for key in batch], "Quiet": True}
+                answer = client(bucket).delete_objects(Bucket=bucket, Delete=named)
                 for error in answer.get("Errors", ()):
                     raise ClientError({"Error": error}, "DeleteObjects")
                 bar.update(len(batch))

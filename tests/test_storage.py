@@ -4,12 +4,15 @@ Requests go over HTTP, faults come from a proxy in between, and processes are ki
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import random
+import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,11 +24,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import boto3
+import botocore.awsrequest
 import fsspec
 import obstore
 import pytest
+import trustme
 from servers import free_port, listening
 from servers.fault_proxy import fault_proxy
+from servers.moto import OTHER_ETAGS
+from servers.moto import moto as moto_server
 
 from helpers import storage
 from helpers.chapters import zips
@@ -376,7 +383,135 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"""
     assert finish(code, url, env=aws(), seconds=20) == "3"
 
 
+@moto
+def test_temporary_keys_are_renewed_when_they_expire(s3, tmp_path):
+    """A process gives keys that are valid for a minute, and another one each time that it is asked."""
+    put(s3, PETS)
+    script = tmp_path / "keys.py"
+    script.write_text("""
+import datetime, json, pathlib
+count = pathlib.Path(__file__).with_suffix(".count")
+number = int(count.read_text()) + 1 if count.exists() else 1
+count.write_text(str(number))
+expiry = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minutes=1)
+print(json.dumps({"Version": 1, "AccessKeyId": f"key{number}", "SecretAccessKey": "secret", "SessionToken": "token",
+                  "Expiration": expiry.isoformat()}))""")
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        (tmp_path / "config").write_text(f"[default]\ncredential_process = {sys.executable} {script}\n"
+                                         f"endpoint_url = {proxy.url}\nregion = us-east-1\n")
+        for name in aws():
+            del os.environ[name]
+        connect({"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "default"})
+        used = []
+        for _ in range(2):
+            get_with_obstore(f"{s3}/cats/1.png")
+            used.append(re.search(r"Credential=(\w+)", proxy.headers["authorization"])[1])
+            time.sleep(0.3)
+        assert used[0] != used[1]
+
+
+@moto
+def test_a_slow_link_is_not_taken_for_a_silent_one(s3, monkeypatch, tmp_path):
+    """The transfers take longer than the longest silence; the buffers of the system hold about a second of them."""
+    (tmp_path / "slow").write_bytes(random.randbytes(16 * MB))
+    monkeypatch.setattr(storage, "SILENCE", 2.5)
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"], speed=4 * MB) as proxy:
+        connect({"AWS_ENDPOINT_URL": proxy.url})
+        begin, requests = time.monotonic(), proxy.requests
+        storage.upload(tmp_path / "slow", s3)
+        get_with_obstore(f"{s3}/slow")
+        assert time.monotonic() - begin > 6 and proxy.requests == requests + 3  # list, put, get: nothing is repeated
+
+
+def test_a_silent_server_is_given_up(moto_env, monkeypatch):
+    monkeypatch.setattr(storage, "SILENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        os.environ.update({**moto_env, "AWS_MAX_ATTEMPTS": "2"})
+        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        storage.forget_connection()
+        with refused("Nothing answers"):
+            storage.buckets()
+
+
+def test_https_with_a_certificate_authority_of_ones_own(tmp_path):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    folder(tmp_path / "pets", PETS)
+    with moto_server(tmp_path, certificate=tmp_path / "server.pem") as env:
+        with refused("CERTIFICATE_VERIFY_FAILED"):
+            connect(env)
+        connect(env, AWS_CA_BUNDLE=str(tmp_path / "authority.pem"))
+        url = new_bucket()
+        storage.upload(tmp_path / "pets", url)
+        assert list(storage.objects(url)) == storage.list_files(url) == sorted(PETS)
+        for get in GETS:
+            get(f"{url}/cats/1.png")
+        storage.delete_bucket(storage.parse(url)[0], contents=True)
+
+
+@pytest.mark.parametrize("how", ["unsigned", "requester pays", "another store"])
+def test_a_bucket_is_reached_in_another_way(how, moto_env, ceph_env, tmp_path):
+    """Public and foreign data in one store, one's own in another; also in another process."""
+    connect(ceph_env)
+    put(url := new_bucket(), PETS)
+    bucket, arguments = storage.parse(url)[0], {"endpoint_url": ceph_env["AWS_ENDPOINT_URL"]}
+    policy = {"Version": "2012-10-17", "Statement": [
+        {"Effect": "Allow", "Principal": "*", "Action": ["s3:ListBucket", "s3:GetObject"],
+         "Resource": [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]}]}
+    storage.client().put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
+    if how == "unsigned":
+        arguments["unsigned"] = True
+    else:
+        arguments |= {"profile": "mine", "requester_pays": how == "requester pays"}
+        (tmp_path / "credentials").write_text(
+            f"[mine]\naws_access_key_id = {ceph_env['AWS_ACCESS_KEY_ID']}\n"
+            f"aws_secret_access_key = {ceph_env['AWS_SECRET_ACCESS_KEY']}\n")
+        os.environ["AWS_SHARED_CREDENTIALS_FILE"] = str(tmp_path / "credentials")
+    connect(moto_env)
+    put(own := new_bucket(), {"own.txt": b"own"})
+    with fault_proxy(ceph_env["AWS_ENDPOINT_URL"]) as proxy:
+        storage.use_bucket(bucket, **arguments | {"endpoint_url": proxy.url})
+        for read in lambda: storage.objects(url), lambda: storage.list_files(url), *(
+                functools.partial(get, f"{url}/cats/1.png") for get in GETS):
+            before = proxy.requests
+            read()
+            assert proxy.requests > before
+            assert ("authorization" in proxy.headers) == (how != "unsigned")
+            assert ("x-amz-request-payer" in proxy.headers) == (how == "requester pays")
+        code = "import sys\nfrom helpers import storage\nprint(len(storage.objects(sys.argv[1])))"
+        assert finish(code, url, env=aws() | {"S3_BUCKETS": os.environ["S3_BUCKETS"]}) == "3"
+        if how == "another store":
+            storage.write(f"{url}/new", storage.read(f"{own}/own.txt"))
+            storage.delete(f"{url}/cats")
+    assert storage.read(f"{own}/own.txt") == b"own"
+    connect(ceph_env)
+    assert sorted(listed(url)) == (["dogs/1.png", "new"] if how == "another store" else sorted(PETS))
+
+
 # ---------------------------------------------------------------------------------------------------------- buckets
+
+
+@pytest.mark.parametrize("endpoint, region", [
+    ("https://s3.eu-central-1.amazonaws.com/", "eu-central-1"),
+    ("https://s3.cn-north-1.amazonaws.com.cn", "cn-north-1"),
+    ("https://s3.amazonaws.com.example.org", None),
+])
+def test_a_bucket_is_created_in_its_region(endpoint, region, monkeypatch):
+    """The request is caught before it is sent."""
+    os.environ.update(AWS_ENDPOINT_URL=endpoint, AWS_DEFAULT_REGION=region or "eu-central-1", AWS_ACCESS_KEY_ID="key",
+                      AWS_SECRET_ACCESS_KEY="secret")
+    storage.forget_connection()
+    sent = []
+
+    def catch(request, **_):
+        sent.append((request.body or b"").decode())
+        return botocore.awsrequest.AWSResponse(request.url, 200, {}, None)
+
+    storage.client().meta.events.register("before-send.s3.CreateBucket", catch)
+    monkeypatch.setattr(botocore.awsrequest.AWSResponse, "content", b"")
+    storage.create_bucket("my-new-bucket")
+    assert re.findall("<LocationConstraint>(.*?)<", sent[0]) == ([region] if region else [])
 
 
 def test_a_bucket_may_be_created_twice_and_is_listed(s3):
@@ -494,6 +629,20 @@ def test_a_large_file_goes_in_parts_and_is_skipped_the_second_time(s3, tmp_path)
     with open(tmp_path / "large", "r+b") as file:
         file.write(b"changed")
     assert storage.upload(tmp_path, s3) == {"uploaded": 1, "skipped": 0}
+
+
+def test_what_is_unchanged_is_skipped_where_etags_are_no_checksums(tmp_path):
+    """As in a bucket that is encrypted with KMS."""
+    archive = zipped(tmp_path / "pets.zip", members := images(cats=9) | {"cats/large": random.randbytes(17 * MB)})
+    with moto_server(tmp_path, setup=OTHER_ETAGS) as env:
+        connect(env)
+        url = new_bucket()
+        for expected in "uploaded", "skipped":
+            assert storage.upload(folder(tmp_path / "pets", members), f"{url}/pets")[expected] == 10
+            assert zips.unzip(archive, url)[expected] == 10
+            assert zips.split_classes(url) == {"train": 7, "val": 2, "test": 1}
+        changed = members | {"cats/000.png": b"CATS 0", "cats/large": random.randbytes(17 * MB)}
+        assert storage.upload(folder(tmp_path / "pets", changed), f"{url}/pets") == {"uploaded": 2, "skipped": 8}
 
 
 @embedded
@@ -731,9 +880,11 @@ def test_split_completes_what_was_cut_off(s3):
 @pytest.mark.parametrize("count, expected", [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (2, 0, 1))])
 @moto
 def test_split_takes_tiny_classes(s3, count, expected):
-    put(f"{s3}/raw", images(cats=count))
-    assert tuple(zips.split_classes(s3).values()) == expected
-    assert sum(map(len, parts(s3).values())) == count
+    put(f"{s3}/raw", images(cats=count, dogs=6))
+    with pytest.warns(UserWarning, match="cats has no val (and no test )?image.*it takes 6") as caught:
+        counts = zips.split_classes(s3)
+    assert len(caught) == 1 and tuple(counts.values()) == tuple(a + b for a, b in zip(expected, (4, 1, 1)))
+    assert sum(map(len, parts(s3).values())) == count + 6
 
 
 @buckets
@@ -778,13 +929,14 @@ def other_user(env):
 
 def get_with_boto3(url):
     with storage.translate_errors(url):
-        storage.client().get_object(**dict(zip(("Bucket", "Key"), storage.parse(url))))
+        bucket, key = storage.parse(url)
+        storage.client(bucket).get_object(Bucket=bucket, Key=key)
 
 
 def get_with_obstore(url):
     bucket, key = storage.parse(url)
     with storage.translate_errors(url):
-        obstore.get(storage.store(bucket), key)
+        obstore.get(storage.store(bucket), key).bytes()
 
 
 def get_with_s3fs(url):
@@ -866,12 +1018,25 @@ def test_what_is_no_s3_url_is_refused(url):
         storage.parse(url)
 
 
+@pytest.mark.parametrize("name, value, text, shown", [
+    ("AWS_SECRET_ACCESS_KEY", "/AsecretThatBeginsWithASlash", "key /AsecretThatBeginsWithASlash.", "key ***."),
+    ("AZURE_STORAGE_KEY", "bm90IGEgcmVhbCBrZXkK==", "AccountKey=bm90IGEgcmVhbCBrZXkK==;", "AccountKey=***;"),
+    ("HTTPS_PROXY", "http://me:pw%401@proxy:3128", "via http://me:pw%401@proxy:3128", "via http://me***proxy:3128"),
+    ("DB", "postgresql+psycopg://me:a%40long%40password@db/x", "password 'a@long@password'", "password '***'"),
+    ("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/secrets/token", "/var/run/secrets/token", "/var/run/secrets/token"),
+    ("MYSQL_PASSWORD", "/a/password/with/slashes", "/a/password/with/slashes", "***"),
+])
+def test_secrets_are_redacted(name, value, text, shown, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert storage.redact(text) == (shown, {name} if "***" in shown else set())
+
+
 # --------------------------------------------------------------------------------------------- faults and kill -9
 
 
 @moto
 def test_everything_gets_through_all_faults_at_once(s3, tmp_path):
-    members = images(cats=6, dogs=4) | {"dogs/large.bin": random.randbytes(20 * MB)}
+    members = images(cats=6, dogs=6) | {"dogs/large.bin": random.randbytes(20 * MB)}
     (tmp_path / "60").write_bytes(random.randbytes(60 * MB))
     zipped(tmp_path / "pets.zip", members)
     server = os.environ["AWS_ENDPOINT_URL"]

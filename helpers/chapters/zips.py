@@ -7,12 +7,12 @@ import hashlib
 import itertools
 import json
 import re
+import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
 from botocore.exceptions import ClientError
 
 from helpers import storage
@@ -75,8 +75,7 @@ def recognise_layout(archive, members):
 
 def open_zip(archive):
     """The bytes of a zip at a path or any fsspec URL, as a file to read and seek in, and the ZipFile over it."""
-    with storage.translate_errors(archive):
-        filesystem, path = fsspec.url_to_fs(str(archive))
+    with storage.open_filesystem(archive) as (filesystem, path):
         file = filesystem.open(path, "rb", block_size=2**23, cache_type="blockcache", cache_options={"maxblocks": 4})
         try:
             return file, zipfile.ZipFile(file)
@@ -105,21 +104,34 @@ def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
                                   for name, info in named.items()], url, f"unzipping {Path(archive).name}")
     return {"layout": layout, **counts, "ignored": ignored.total()}
 
+def share(count, ratios):
+    """How many of `count` images go to train, val and test."""
+    train, val = round(count * ratios[0]), round(count * ratios[1])
+    return train, val, count - train - val
+
+
 def assign(names, ratios, seed):
-    """{name: "train", "val" or "test"} of names such as class/file: each class shuffled by the seed, then cut."""
+    """{name: "train", "val" or "test"} of names such as class/file: each class shuffled by the seed, then cut.
+
+    Warns of a class that is too small to be in every part.
+    """
     classes, parts = {}, {}
     for name in names:
         classes.setdefault(name.split("/")[0], []).append(name)
-    for members in classes.values():
+    for label, members in classes.items():
         members.sort(key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-        train, val = round(len(members) * ratios[0]), round(len(members) * ratios[1])
-        counts = (train, val, len(members) - train - val)
+        counts = share(len(members), ratios)
         parts |= zip(members, itertools.chain.from_iterable(map(itertools.repeat, storage.SPLITS, counts)))
+        if 0 in counts:
+            without = " and no ".join(part for part, count in zip(storage.SPLITS, counts) if not count)
+            enough = next(count for count in itertools.count(3) if min(share(count, ratios)) > 0)
+            warnings.warn(f"The class {label} has no {without} image: {len(members)} are too few, it takes {enough}.")
     return parts
 
 def copy_objects(url, sources, description, done=0):
     """Copy objects of a bucket to names under a prefix, {name: key of its source}, 32 at once."""
-    (bucket, prefix), client, refused = storage.parse(url), storage.client(), []
+    bucket, prefix = storage.parse(url)
+    client, refused = storage.client(bucket), []
 
     def copy(name):
         source = {"Bucket": bucket, "Key": sources[name]}

@@ -3,9 +3,6 @@
 import contextlib
 import os
 
-import boto3
-import fsspec
-
 from helpers import storage
 
 
@@ -23,7 +20,4 @@ def connected(env):
     finally:
         os.environ.clear()
         os.environ.update(before)
-        boto3.setup_default_session()  # and what was read of it
-        storage.client.cache_clear()
-        storage.store.cache_clear()
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        storage.forget_connection()

@@ -19,9 +19,9 @@ ERROR = """<?xml version="1.0" encoding="UTF-8"?>
 
 
 @contextlib.contextmanager
-def fault_proxy(upstream_url, slow_down_every=0, reset_every=0, truncate_every=0, no_copy=False, delay=0.0):
+def fault_proxy(upstream_url, **settings):
     """Run a FaultProxy as long as the block lasts, in threads of this process."""
-    with FaultProxy(upstream_url, slow_down_every, reset_every, truncate_every, no_copy, delay) as proxy:
+    with FaultProxy(upstream_url, **settings) as proxy:
         threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield proxy
@@ -39,7 +39,9 @@ class FaultProxy(socketserver.ThreadingTCPServer):
                      send their lists without)
     no_copy          a copy within the server is answered with 501 NotImplemented, as CORTX 1.0 did
     delay            seconds that every request waits
+    speed            bytes a second of each connection's bodies
     on_request       called with the number of the request, from 1, before anything is done about it (then it goes on)
+    headers          those of the latest request
 
     Which requests are hit depends on nothing but their order: the last of every n for SlowDown, one in the middle for
     the others. With n of at least 2 a client that asks again comes through, with 1 never.
@@ -47,12 +49,13 @@ class FaultProxy(socketserver.ThreadingTCPServer):
 
     daemon_threads, block_on_close, request_queue_size = True, False, 128
 
-    def __init__(self, upstream_url, slow_down_every=0, reset_every=0, truncate_every=0, no_copy=False, delay=0.0):
+    def __init__(self, upstream_url, slow_down_every=0, reset_every=0, truncate_every=0, no_copy=False, delay=0.0,
+                 speed=0):
         super().__init__(("127.0.0.1", 0), Connection)
         upstream = urllib.parse.urlsplit(upstream_url)
         self.upstream, self.url = (upstream.hostname, upstream.port), f"http://127.0.0.1:{self.server_address[1]}"
         self.slow_down_every, self.reset_every, self.truncate_every = slow_down_every, reset_every, truncate_every
-        self.no_copy, self.delay, self.on_request = no_copy, delay, None
+        self.no_copy, self.delay, self.speed, self.on_request, self.headers = no_copy, delay, speed, None, {}
         self.requests = self.slow_downs = self.resets = self.truncations = self.copies_refused = 0
         self.lock, self.idle, self.clients = threading.Lock(), [], set()
         self.candidates = {"slow_downs": 0, "resets": 0, "truncations": 0}  # the requests that each could have hit
@@ -80,7 +83,7 @@ class FaultProxy(socketserver.ThreadingTCPServer):
             try:
                 peer = self.idle.pop()
             except IndexError:
-                return Peer(socket.create_connection(self.upstream))
+                return Peer(socket.create_connection(self.upstream), self.speed)
             if not peer.readable(0):
                 return peer
             peer.close()
@@ -95,9 +98,11 @@ class FaultProxy(socketserver.ThreadingTCPServer):
 class Peer:
     """One side's connection."""
 
-    def __init__(self, sock):
+    def __init__(self, sock, speed=0):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket, self.stream = sock, sock.makefile("rb")
+        if speed:  # and the sender notices
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        self.socket, self.stream, self.speed = sock, sock.makefile("rb"), speed
 
     def close(self):
         """Close the connection."""
@@ -144,9 +149,10 @@ class Peer:
     def exactly(self, size):
         """Read so many bytes in blocks."""
         while size:
-            block = self.stream.read1(min(size, BLOCK))
+            block = self.stream.read1(min(size, 8192 if self.speed else BLOCK))
             if not block:
                 raise ConnectionError("closed")
+            time.sleep(len(block) / self.speed if self.speed else 0)
             size -= len(block)
             yield block
 
@@ -161,7 +167,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def handle(self):
         """Answer until one side closes."""
-        self.client = Peer(self.request)
+        self.client = Peer(self.request, self.server.speed)
         self.server.clients.add(self.client)
         try:
             while self.answer():
@@ -176,7 +182,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Answer one request; returns whether the connection may be used again."""
         head, (method, _, version), headers = self.client.head()
         proxy, expects = self.server, "100-continue" in headers.get("expect", "").lower()
-        number = proxy.count("requests")
+        number, proxy.headers = proxy.count("requests"), headers
         if proxy.on_request:
             proxy.on_request(number)
         time.sleep(proxy.delay)
