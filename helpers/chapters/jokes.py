@@ -31,7 +31,7 @@ def csv_reader(text):
     return partial(csv.reader, dialect=dialect, doublequote=True, escapechar=escape, strict=True)
 
 def read_rows(lines, reader, width):
-    """The fields of each row that has `width` of them and is valid UTF-8, and None for each line that begins no row."""
+    """The fields of each row that has `width` of them and is valid UTF-8; None for a line that begins no such row."""
     start = 0
     while start < len(lines):
         rows = reader(map(lines.__getitem__, range(start, len(lines))))
@@ -111,7 +111,7 @@ def shingles(text):
 
 
 def similarity(one, other):
-    """The Jaccard similarity of two texts: shingles in both, relative to those in either."""
+    """The Jaccard similarity of two texts: the shingles in both, relative to those in either."""
     one, other = shingles(one), shingles(other)
     return len(one & other) / len(one | other)
 
