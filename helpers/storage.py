@@ -541,6 +541,3 @@ def delete(url):
 
 def is_first_process():
     return os.environ.get("RANK", "0") == "0"
-
-
-remove = delete
