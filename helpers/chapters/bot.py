@@ -74,7 +74,8 @@ def open_database(url):
         path = Path(url.removeprefix("sqlite:///"))
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
-            path.chmod(0o600)
+            with suppress(PermissionError):  # the file of another user, who decides
+                path.chmod(0o600)
         else:
             path.touch(0o600)
         opened = peewee.SqliteDatabase(path, timeout=30, pragmas={"journal_mode": "wal", "foreign_keys": 1})
@@ -380,7 +381,7 @@ class Patience(AIORateLimiter):
     """Keeps to Telegram's limits, and repeats calls after faults of its servers."""
 
     async def process_request(self, *args, **kwargs):
-        for pause in (0.5, 1, 2, 4):
+        for pause in (0.5, 1, 2):
             try:
                 return await super().process_request(*args, **kwargs)
             except NetworkError as error:
