@@ -1,6 +1,10 @@
 # What a rented machine does: work, keep the log in S3, and end itself in any case. Above this, make_user_data puts
 # JOB (an s3:// URL), MAX_SECONDS, AWS_…, and the words of `python -m helpers`.
 trap "shutdown -h now" EXIT
+printf '[Service]\nExecStart=/bin/sh -c "shutdown -h now"\n[Install]\nWantedBy=multi-user.target\n' \
+    > "${UNITS:-/etc/systemd/system}/end-this-machine.service"
+systemctl enable end-this-machine  # at the next boot: this script does not run again then
+systemd-run --on-active=$((MAX_SECONDS + 600)) shutdown -h now  # should this script be killed
 export HOME=${HOME:-/root} TMPDIR=${TMPDIR:-/var/tmp}  # on the disk: /tmp may be memory, too small for PyTorch
 export UPLOAD_EVERY=${UPLOAD_EVERY:-60} VENV=${VENV:-.venv} PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
 export AWS_METADATA_SERVICE_NUM_ATTEMPTS=10  # where the instance profile's key comes from

@@ -29,9 +29,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+import bleach
 import jinja2
 import nbformat
 import papermill
+from bleach.css_sanitizer import CSSSanitizer
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbconvert import HTMLExporter
@@ -230,9 +232,17 @@ def format_duration(seconds):
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
+def sanitize(html):
+    """HTML made of Markdown that a cell displayed, without scripts: a class or a file may have any name."""
+    attributes = {"*": ["class", "id"], "a": ["href"], "img": ["src", "alt"], "td": ["style"], "th": ["style"]}
+    tags = bleach.ALLOWED_TAGS | set("h1 h2 h3 h4 p div span pre br hr img table thead tbody tr th td del".split())
+    return bleach.clean(html, tags, attributes, css_sanitizer=CSSSanitizer(["text-align"]))
+
+
 @functools.cache
 def exporter():
-    return HTMLExporter(embed_images=True, raw_template=(TEMPLATES / "page.html.j2").read_text(encoding="utf-8"))
+    template = (TEMPLATES / "page.html.j2").read_text(encoding="utf-8")
+    return HTMLExporter(embed_images=True, raw_template=template, filters={"sanitize": sanitize})
 
 
 def render_index(outcomes, total):
@@ -265,6 +275,8 @@ def run_on_processes(notebook, target, parameters, *, processes=1, nodes=1, node
     place = ["--standalone"] if nodes == 1 else [
         f"--nnodes={nodes}", f"--node-rank={node_rank}", f"--master-addr={host}", f"--master-port={port}"]
     code = "import json, sys; from helpers import run; run.run_process(**json.loads(sys.argv[1]))"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+    print(f"{processes} processes on {device}", flush=True)
     logging.disable()  # the error is reported below
     with tempfile.TemporaryDirectory() as errors:
         job = json.dumps(dict(notebook=str(notebook), target=target, parameters=parameters, errors=errors))

@@ -29,7 +29,8 @@ from helpers.chapters import rent
 from test_processes import end
 from test_run import outputs_of, write
 
-SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
+SECRET = "wJalrXUtnFEMIK7MDENG" "bPxRfiCYEXAMPLEKEY"  # in two pieces: no tracked file may show a secret that is set
+TOKEN = "a-token-of" "-12-or-more"
 
 
 def test_unknown_notebook_is_told_in_a_sentence_and_starts_nothing(tmp_path, monkeypatch, capsys):
@@ -46,7 +47,7 @@ def test_unknown_notebook_is_told_in_a_sentence_and_starts_nothing(tmp_path, mon
 @pytest.fixture(scope="module")
 def account(moto_env, tmp_path_factory):
     """This process as a user of EC2, with all that a machine takes: clients, names and the words of `submit`."""
-    with embedded.connected(moto_env | {"AWS_SECRET_ACCESS_KEY": SECRET, "AWS_SESSION_TOKEN": "a-token-of-12-or-more"}):
+    with embedded.connected(moto_env | {"AWS_SECRET_ACCESS_KEY": SECRET, "AWS_SESSION_TOKEN": TOKEN}):
         ec2, name = boto3.client("ec2"), f"rented-{time.time_ns()}"
         boto3.client("iam").create_instance_profile(InstanceProfileName=name)
         ec2.create_key_pair(KeyName=name)
@@ -230,7 +231,7 @@ def test_refusal_of_ec2_is_one_sentence(rented, capsys, monkeypatch):
     assert code == 1 and said.startswith("EC2: ") and "RunInstances" in said and "InsufficientInstanceCapacity" in said
 
 
-def test_source_is_what_git_knows_with_its_times(rented, capsys):
+def test_source_of_this_project_with_its_times(rented, capsys):
     _, instance = submit(rented, capsys)
     [row] = rent.status(instance)
     with tarfile.open(fileobj=io.BytesIO(storage.read(f"{row['job']}/source.tar.gz"))) as archive:
@@ -244,6 +245,68 @@ def test_source_is_what_git_knows_with_its_times(rented, capsys):
     sent = nbformat.reads(storage.read(f"{row['job']}/show.ipynb").decode(), as_version=4)
     cells = nbformat.read(rented.notebook, as_version=4).cells
     assert {cell.source for cell in cells} <= {cell.source for cell in sent.cells}
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A git working tree with one file that is tracked, was changed since, and one that is not."""
+    monkeypatch.setattr(storage, "REPOSITORY", tmp_path)
+    for name in "tracked.py", "untracked.py", ".env":
+        (tmp_path / name).write_text("x = 1\n")
+    for command in ["init", "-q"], ["add", "tracked.py"]:
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "tracked.py").write_text("x = 2\n")
+    return tmp_path
+
+
+def test_source_is_tracked_files_only_as_they_are_now(repository):
+    with tarfile.open(fileobj=io.BytesIO(rent.bundle_source())) as archive:
+        assert archive.getnames() == ["tracked.py"] and archive.extractfile("tracked.py").read() == b"x = 2\n"
+
+
+def test_no_secret_goes_along_in_the_source(repository, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    (repository / "tracked.py").write_text(f"key = {SECRET!r}\n")
+    with pytest.raises(ValueError, match="tracked.py shows AWS_SECRET_ACCESS_KEY") as raised:
+        rent.bundle_source()
+    assert SECRET not in str(raised.value)
+
+
+def test_notebook_there_reads_the_bucket_it_was_submitted_with(rented, capsys, tmp_path):
+    words = vars(rented) | {"notebook": write(tmp_path, "reads.ipynb", "#parameters\nbucket = 'another'", "bucket")}
+    for given, expected in ([], rented.bucket), (["-p", "bucket", "mine"], "mine"):
+        [row] = rent.status(submit(SimpleNamespace(**words), capsys, *given)[1])
+        assert row["job"].startswith(f"s3://{rented.bucket}/jobs/reads/")
+        cells = nbformat.reads(storage.read(f"{row['job']}/reads.ipynb").decode(), as_version=4).cells
+        [injected] = [cell.source for cell in cells if "injected-parameters" in cell.metadata.tags]
+        assert f'bucket = "{expected}"' in injected
+
+
+def test_status_tells_the_address_to_log_in_at(rented, capsys):
+    instance = submit(rented, capsys)[1]
+    made, [row] = describe(rented, instance), rent.status(instance)
+    assert row["address"] == made["PublicDnsName"] != ""
+
+
+def test_logs_of_a_job_need_no_ec2(rented, capsys, monkeypatch):
+    job = f"s3://{rented.bucket}/jobs/show/then"
+    storage.create_bucket(rented.bucket)
+    storage.write(f"{job}/log.txt", b"it said this")
+    monkeypatch.setattr(rent, "find_instances", lambda *_: pytest.fail("asks EC2"))
+    assert rent.main(["logs", job]) == 0 and capsys.readouterr().out.endswith("it said this\n")
+
+
+def test_machine_ends_after_its_time_and_when_it_boots_again_whatever_the_script_does(rented, tmp_path):
+    """Only the script's first part runs here, in which no work is done yet: systemd knows already."""
+    first = rent.make_user_data("s3://bucket/jobs/x", "show", max_hours=2).split("\n\n")[0]
+    for name in "shutdown", "systemctl", "systemd-run":
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "$(basename "$0") $*" >> {tmp_path}/said\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UNITS": str(tmp_path), "TMPDIR": str(tmp_path)}
+    subprocess.run(["bash", "-c", first], env=environment, check=True, timeout=20)
+    assert (tmp_path / "said").read_text().splitlines() == [
+        "systemctl enable end-this-machine", "systemd-run --on-active=7800 shutdown -h now", "shutdown -h now"]
+    subprocess.run(["systemd-analyze", "verify", tmp_path / "end-this-machine.service"], check=True, timeout=20)
 
 
 def test_status_shows_our_machines_and_how_they_ended(rented, capsys):
@@ -308,7 +371,8 @@ def boot(rented, folder, *words, max_hours=1, python=None):
         assert rent.main(command_line(rented, *words, max_hours=max_hours)) == 0
     instance = said.getvalue().split()[-1]
     script, [row], fakes, venv = script_of(rented, instance), rent.status(instance), folder / "fakes", folder / "venv"
-    commands = {fakes / "shutdown": f'echo "$*" >> {folder}/shutdown',
+    commands = {fakes / "systemctl": "", fakes / "systemd-run": "",
+                fakes / "shutdown": f'echo "$*" >> {folder}/shutdown',
                 venv / "bin" / "python": f'exec {sys.executable} "$@"'}
     real = Path(sys.executable).resolve()
     first = f'[ "$*" = "-m venv bootstrap" ] && exec cp -r {python} bootstrap' if python else ""
@@ -323,7 +387,8 @@ def boot(rented, folder, *words, max_hours=1, python=None):
     kept = {name: value for name, value in os.environ.items()
             if name.startswith(("PIP_", "AWS_CA")) or name.endswith("KEY_ID") or name.endswith("ACCESS_KEY")}
     env = {**kept, "PATH": f"{fakes}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "UPLOAD_EVERY": "1",
-           "VENV": str(venv), "TMPDIR": str(folder / "tmp"), **({} if os.geteuid() == 0 else {"HOME": str(folder)})}
+           "VENV": str(venv), "UNITS": str(folder), "TMPDIR": str(folder / "tmp"),
+           **({} if os.geteuid() == 0 else {"HOME": str(folder)})}
     with open(folder / "console", "wb") as console:
         process = subprocess.Popen(["bash", folder / "script"], env=env, stdout=console, stderr=console, cwd="/")
     return SimpleNamespace(process=process, folder=folder, instance=instance, job=row["job"], log_before="")

@@ -120,7 +120,8 @@ def test_failure_names_cell_and_error(finished):
 
 def test_killed_kernel_is_reported(finished):
     line, = lines(finished, "FAILED 03_dies")
-    assert line.startswith(("FAILED 03_dies.ipynb, In [2]", "FAILED 03_dies.ipynb, In [*]")) and "DeadKernelError: Kernel died" in line
+    assert line.startswith(("FAILED 03_dies.ipynb, In [2]", "FAILED 03_dies.ipynb, In [*]"))
+    assert "DeadKernelError: Kernel died" in line
     assert "os.kill" in finished.cards["03_dies.ipynb"].select_one("pre").get_text()
 
 
@@ -168,7 +169,8 @@ def test_parameters_reach_the_notebooks_that_have_them(finished):
 def test_results_are_those_of_the_last_cell_that_shows_json(finished):
     path = finished.output / "01_good.ipynb"
     expected = {"epochs": 3, "kind": "int", "loss": 0.123456, "tag": "<i>"}
-    assert run.read_results(path) == run.read_results(str(path)) == run.read_results(nbformat.read(path, as_version=4)) == expected
+    for notebook in path, str(path), nbformat.read(path, as_version=4):
+        assert run.read_results(notebook) == expected
     with pytest.raises(ValueError, match="05_after.ipynb shows no results"):
         run.read_results(finished.output / "05_after.ipynb")
     numbers = new_output("display_data", data={"application/json": [1, 2]})
@@ -310,3 +312,27 @@ def test_interrupt_leaves_a_whole_page(tmp_path, environment):
     assert [pill.get_text() for pill in page.select(".pill")] == ["ok", "interrupted"]
     assert "1 of 3 ok" in page.select_one("header").get_text()
     assert outputs_of(output / "02_slow.ipynb") == "before\n" and (output / "02_slow.html").exists()
+
+
+def test_hostile_names_do_nothing_in_the_html():
+    hostile = "<img src=x onerror=alert(1)><script>alert(2)</script><a href='javascript:alert(3)'>b</a>"
+    table = f"| class | images |\n|---|--:|\n| {hostile} | **3** |\n\n```python\nprint(1)\n```"
+    cell = new_code_cell("", outputs=[new_output("display_data", data={"text/markdown": table, "text/plain": ""})])
+    page = BeautifulSoup(run.exporter().from_notebook_node(new_notebook(cells=[cell]))[0], "html.parser")
+    assert not page.select("script, [onerror], [href^=javascript]")
+    assert page.select_one("td strong").get_text() == "3" and len(page.select("th")) == 2 and page.select("pre")
+    assert page.select("td")[1]["style"].replace(" ", "").startswith("text-align:right")
+
+
+def test_notebook_from_s3_to_s3_from_any_folder(embedded, tmp_path, monkeypatch, bucket):
+    monkeypatch.chdir(tmp_path)
+    storage.create_bucket(bucket)
+    local = write(tmp_path, "01_asks.ipynb", "# Asks", "#parameters\nnumber = 1",
+                  SHOW + "import os\ndisplay(JSON({'number': number, 'folder': os.getcwd()}))")
+    storage.write(f"s3://{bucket}/in/01_asks.ipynb", local.read_bytes())
+    arguments = [f"s3://{bucket}/in/01_asks.ipynb", "-p", "number", "7", "-o", f"s3://{bucket}/out"]
+    assert run.main(arguments) == 0
+    assert sorted(storage.list_files(f"s3://{bucket}/out")) == ["01_asks.html", "01_asks.ipynb", "index.html"]
+    executed = nbformat.reads(storage.read(f"s3://{bucket}/out/01_asks.ipynb").decode(), as_version=4)
+    assert run.read_results(executed) == {"number": 7, "folder": str(storage.REPOSITORY / "notebooks")}
+    assert os.listdir(tmp_path) == ["01_asks.ipynb"]

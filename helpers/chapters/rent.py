@@ -30,7 +30,7 @@ PROJECT = "s3-deep-learning-notebooks"  # the tag by which our machines are know
 class Machine:
     """What to rent. The profile may read and write the bucket: it is the machine's only key."""
 
-    image_id: str  # with Python 3.11 or newer, or apt or dnf to install it; with a driver, if the machine has a GPU
+    image_id: str  # with NVIDIA's driver for a GPU; with Python 3.11 or newer, or apt or dnf to install it
     instance_type: str
     instance_profile: str  # the name of one
     key_name: str = None  # to log in by ssh
@@ -39,9 +39,11 @@ class Machine:
     max_hours: float = 8.0
     disk_gb: int = 60
 
-def prepare_notebook(notebook, parameters):
+def prepare_notebook(notebook, parameters, bucket):
     """The notebook with its parameters in it. Raises ValueError for an unknown parameter, or a secret."""
     select_parameters([notebook], parameters)
+    if "bucket" in papermill.inspect_notebook(notebook):
+        parameters = {"bucket": bucket} | parameters
     prepared = papermill.execute_notebook(notebook, None, parameters, prepare_only=True, progress_bar=False,
                                           kernel_name="python3", language="python")
     if leaked := storage.redact(nbformat.writes(prepared))[1]:
@@ -78,22 +80,27 @@ def find_missing(machine):
     return missing
 
 def bundle_source():
-    """This project as the bytes of a tar.gz."""
-    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], check=True,
-                           cwd=storage.REPOSITORY, stdout=subprocess.PIPE, text=True).stdout.split("\0")
+    """The tracked files of this project as the bytes of a tar.gz. Raises ValueError when one shows a secret."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=storage.REPOSITORY, stdout=subprocess.PIPE, text=True,
+                           check=True).stdout.split("\0")
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w:gz") as archive:
         for name in names:
-            if (storage.REPOSITORY / name).is_file():  # and was not deleted since
-                archive.add(storage.REPOSITORY / name, name)
+            path = storage.REPOSITORY / name
+            if not path.is_file():  # deleted since
+                continue
+            if leaked := storage.redact(path.read_text(encoding="utf-8", errors="replace"))[1]:
+                raise ValueError(f"{name} shows {', '.join(sorted(leaked))}: remove it")
+            archive.add(path, name)
     return data.getvalue()
 
 def store_job(bucket, name, prepared):
     """Put notebook and source to s3://{bucket}/jobs/{name}/{time}; returns that URL."""
+    source = bundle_source()
     storage.create_bucket(bucket)
     job = f"s3://{bucket}/jobs/{name}/{datetime.now(timezone.utc):%Y-%m-%dT%H-%M-%S.%f}"
     storage.write(f"{job}/{name}.ipynb", nbformat.writes(prepared).encode())
-    storage.write(f"{job}/source.tar.gz", bundle_source())
+    storage.write(f"{job}/source.tar.gz", source)
     return job
 
 PASSED = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_REQUEST_CHECKSUM_CALCULATION",
@@ -135,7 +142,7 @@ def submit(notebook, machine, parameters=None, processes=0, bucket="deep-learnin
     processes: 0 is one for each GPU. Raises ValueError for what is missing or unknown, before anything is stored.
     """
     check_reachable()
-    name, prepared = Path(str(notebook)).stem, prepare_notebook(str(notebook), parameters or {})
+    name, prepared = Path(str(notebook)).stem, prepare_notebook(str(notebook), parameters or {}, bucket)
     if missing := find_missing(machine):
         region = boto3.client("ec2").meta.region_name
         raise ValueError(f"there is no {', no '.join(missing)} in {region}: create it, or name another")
@@ -159,7 +166,7 @@ def find_job(instance):
     return next(tag["Value"] for tag in instance["Tags"] if tag["Key"] == "Job")
 
 def status(instance_id=None):
-    """Our machines, or one: [{"instance", "state", "type", "launched", "job", "outcome"}], the newest first.
+    """Our machines, or one, the newest first: [{"instance", "state", "type", "address", "launched", "job", "outcome"}].
 
     outcome: {"state": "succeeded", "failed" or "timed out", "exit_code"}, None while it runs; of a machine that was
     ended from outside, {"state": why, in EC2's words}.
@@ -172,15 +179,18 @@ def status(instance_id=None):
         if outcome is None and state in ("shutting-down", "terminated"):
             outcome = {"state": one.get("StateReason", {}).get("Message", state)}
         rows.append({"instance": one["InstanceId"], "state": state, "type": one["InstanceType"],
-                     "launched": one["LaunchTime"].isoformat(), "job": job, "outcome": outcome})
+                     "address": one.get("PublicDnsName"), "launched": one["LaunchTime"].isoformat(), "job": job,
+                     "outcome": outcome})
     return rows
 
 def logs(instance_id):
-    """What the machine printed until the last minute; before it reached S3, what its console shows."""
-    [instance] = find_instances(instance_id)
+    """What a machine, or the one of a job's URL, printed until the last minute; before that, its console."""
+    job = instance_id if instance_id.startswith("s3://") else find_job(*find_instances(instance_id))
     try:
-        return storage.read(f"{find_job(instance)}/log.txt").decode(errors="replace")
+        return storage.read(f"{job}/log.txt").decode(errors="replace")
     except storage.NotFound:
+        if job == instance_id:
+            raise
         return boto3.client("ec2").get_console_output(InstanceId=instance_id).get("Output", "")
 
 
