@@ -25,12 +25,13 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from torch import nn
 
-from executed import BY_NUMBER
+from executed import BY_NUMBER, execute
 from helpers import callbacks, experiment, storage, training
 from helpers.callbacks import ClipGradients, LearningRate, SaveHistory
 from helpers.chapters import evaluation, recipes
 from helpers.chapters.recipes import (ConstantPrediction, DryRun, GradientStatistics, Notify, TensorBoard,
                                       TerminateOnNaN)
+from helpers.run import run_notebooks
 from helpers.training import Callback, TrainLoop
 from servers import free_port
 from servers.embedded import connected
@@ -356,6 +357,17 @@ def test_a_notice_holds_no_secret_of_the_environment(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------- every one is shown
+
+
+def test_08_shows_that_loops_agree_and_that_a_killed_training_resumes_exactly(embedded, tmp_path, bucket, every):
+    storage.create_bucket(bucket)
+    [outcome] = run_notebooks([BY_NUMBER["08"]], dict(bucket=bucket), tmp_path / "alone")
+    assert outcome.status == "FAILED" and "make run NOTEBOOKS=01" in outcome.error
+    results = execute("01 08", tmp_path, bucket=bucket, epochs=2, dataset_zip=every(4))
+    assert results["loops_bit_identical"] and results["resumed_bit_identical"]
+    assert (results["runs"], results["callbacks"], results["packages"]) == (6, 11, 9)
+    assert results["loop_overhead"] < 3 and 0 < results["best_val_accuracy"] <= 1
+    assert storage.read(f"{results['best_run']}/manifest.json")
 
 
 def test_every_callback_and_every_metric_package_is_shown_in_08():
