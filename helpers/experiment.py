@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import platform
 import re
 import subprocess
@@ -22,18 +21,7 @@ import safetensors.torch
 import torch
 
 from helpers import storage
-from helpers.storage import THREADS, StorageError, redact
-
-
-def broadcast(value):
-    """The first process's value, in all processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState  # here: it takes a second, and one process needs neither
-        from accelerate.utils import broadcast_object_list
-
-        PartialState(cpu=not torch.accelerator.is_available())  # joins the other processes, if nothing has yet
-        [value] = broadcast_object_list([value])
-    return value
+from helpers.storage import THREADS, StorageError, broadcast, redact
 
 
 def _load(url):

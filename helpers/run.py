@@ -5,9 +5,9 @@
     python -m helpers run 02 --processes 2      on several processes, by torchrun
     python -m helpers run 02 --nodes 2 --node-rank 0 --rendezvous 10.0.0.1:29500    on several machines
 
-Executed notebooks, their HTML and an index.html go to runs/{date_time}/, or to the folder or URL of --output. A notebook
-that fails does not stop the next one. Exit code: 0 when all succeeded, 1 when one failed, 2 for a notebook or parameter
-that does not exist, 130 when interrupted.
+Executed notebooks, their HTML and an index.html go to runs/{date_time}/, or to the folder or URL of --output. A
+notebook that fails does not stop the next one. Exit code: 0 when all succeeded, 1 when one failed, 2 for a notebook or
+parameter that does not exist, 130 when interrupted.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class OwnKernel(AsyncKernelManager):
     """Kernels of the Python that runs this, whatever "python3" kernelspecs Jupyter knows on this machine."""
 
     def _kernel_spec_manager_default(self):
-        return KernelSpecManager(kernel_dirs=[])  # without folders to search, ipykernel's own spec is left: sys.executable
+        return KernelSpecManager(kernel_dirs=[])  # no folders to search, so ipykernel's own spec, sys.executable, is used
 
 
 def run_papermill(notebook, target, parameters):
@@ -187,7 +187,8 @@ def describe_error(error, executed=None):
         message += " (killed from outside, often for lack of memory)"
     message = textwrap.shorten(storage.redact(strip_ansi(message))[0], 300, placeholder=" ...")
     line = f"{name}: {message}" if message else name
-    begun = [cell for cell in executed.cells if cell.metadata.get("papermill", {}).get("start_time")] if executed else []
+    cells = executed.cells if executed else []
+    begun = [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
     if not begun:  # not even the kernel came up
         return line, ""
     source = begun[-1].source.splitlines()
@@ -259,8 +260,9 @@ def run_on_processes(notebook, target, parameters, *, processes=1, nodes=1, node
     """Like run_papermill, on several processes started by torchrun. Raises RunError with the error that came first.
 
     Each process executes the whole notebook in a kernel of its own; TrainLoop divides the batches among them, and only
-    the first one writes (see storage.write). processes: on this machine; 0 is one for each GPU. On several machines the
-    same is started on each, with its node_rank, the rendezvous (host:port of the first) and an S3 that all of them reach.
+    the first one changes the store (see storage.run_in_first_process). processes: on this machine; 0 is one for each
+    GPU. On several machines the same is started on each, with its node_rank, the rendezvous (host:port of the first) and
+    an S3 that all of them reach.
     """
     import torch  # here: the processes, which import this module too, do without
     from torch.distributed import run as torchrun

@@ -308,6 +308,42 @@ def progress(total, description, unit="B", **options):
                 ncols=100, mininterval=0.25, **options)
 
 
+# ---------------------------------------------------------------------------------------- several processes (torchrun)
+
+
+def is_first_process():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def broadcast(value):
+    """The first process's value, in all processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch  # here: it takes a second, and one process needs neither
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        PartialState(cpu=not torch.accelerator.is_available())  # joins the other processes, if nothing has yet
+        [value] = broadcast_object_list([value])
+    return value
+
+
+def run_in_first_process(function):
+    """Decorator: only the first process calls the function; the others wait, and get its result or StorageError."""
+    @functools.wraps(function)
+    def call(*args, **options):
+        result = error = None
+        if is_first_process():
+            try:
+                result = function(*args, **options)
+            except StorageError as raised:
+                error = raised
+        result, error = broadcast((result, error))
+        if error:
+            raise error
+        return result
+    return call
+
+
 # ------------------------------------------------------------------------------------------------------- buckets
 
 
@@ -317,6 +353,7 @@ def buckets():
         return [bucket["Name"] for bucket in client().list_buckets()["Buckets"]]
 
 
+@run_in_first_process
 def create_bucket(name):
     """Create a bucket; one that you own already is fine. Raises StorageError when it is somebody else's."""
     region, endpoint = client().meta.region_name, client().meta.endpoint_url
@@ -333,6 +370,7 @@ def create_bucket(name):
                 raise StorageError(sentence) from None
 
 
+@run_in_first_process
 def delete_bucket(name, contents=False):
     """Delete a bucket; one that holds objects only with `contents=True`, which deletes them too."""
     with translate_errors(f"s3://{name}"):
@@ -395,6 +433,7 @@ def upload(source, url):
                     for path in files], url, f"uploading {source.name}")
 
 
+@run_in_first_process
 def put_all(items, url, description):
     """Put [(name, size, open)] under a prefix, skipping what is there with the same content (by size and MD5).
 
@@ -537,7 +576,3 @@ def delete(url):
                 for error in answer.get("Errors", ()):
                     raise ClientError({"Error": error}, "DeleteObjects")
                 bar.update(len(batch))
-
-
-def is_first_process():
-    return os.environ.get("RANK", "0") == "0"

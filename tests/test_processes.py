@@ -158,6 +158,16 @@ def test_secret_that_a_notebook_prints_is_not_in_what_is_kept(trained):
     assert SECRET not in trained[2].stdout
 
 
+def test_01_on_two_processes_changes_the_store_once(tmp_path, embedded, bucket, every):
+    """Objects are uploaded and buckets deleted by the first process, and the other one waits for that."""
+    code, printed, stderr = finish(start(storage.REPOSITORY, os.environ, "01", "--processes", 2, "-o", tmp_path / "out",
+                                         "-p", "bucket", bucket, "-p", "dataset_zip", every(6)))
+    assert code == 0, printed + stderr
+    results = run.read_results(tmp_path / "out/01_bucket_setup.ipynb")
+    assert results["train"] + results["val"] + results["test"] == 100 and results["classes"] == 5
+    assert storage.buckets() == [bucket]
+
+
 # ------------------------------------------------------------------------------------------------------- two hosts
 
 
@@ -189,7 +199,8 @@ def test_two_hosts_come_to_what_one_process_comes_to(tmp_path, trained, environm
     env = {name: value for name, value in environment.items() if not name.startswith("AWS_")}
     env |= {"GLOO_SOCKET_IFNAME": "cable", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
     rendezvous = f"{first}:{free_port()}"
-    nodes = [start(tmp_path, env, notebook, "--nodes", 2, "--node-rank", rank, "--rendezvous", rendezvous, "-o", place, "-p", "place", place, "-p", "batch_size", 8,
+    nodes = [start(tmp_path, env, notebook, "--nodes", 2, "--node-rank", rank, "--rendezvous", rendezvous, "-o", place,
+                   "-p", "place", place, "-p", "batch_size", 8,
                    prefix=["ip", "netns", "exec", name])
              for rank, name in enumerate(names)]
     try:
@@ -274,7 +285,8 @@ def test_signal_to_the_launcher_ends_all_of_it(broken, number):
     if number == signal.SIGKILL:  # it can say and save nothing
         return
     assert broken.code == 130 and broken.stderr == ""
-    assert any("distributed.barrier" in cell.source for cell in nbformat.read(broken.folder / "out/meet.ipynb", 4).cells)
+    cells = nbformat.read(broken.folder / "out/meet.ipynb", as_version=4).cells
+    assert any("distributed.barrier" in cell.source for cell in cells)
     assert "interrupted meet.ipynb" in broken.stdout and (broken.folder / "out/index.html").exists()
 
 
