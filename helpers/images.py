@@ -1,4 +1,7 @@
-"""Images of an S3 prefix as a PyTorch Dataset, loose or packed into shards, and the networks that learn from them."""
+"""Images under an S3 prefix as a PyTorch Dataset: fetched and decoded ahead of their use, loose or packed into shards.
+
+Every image is a span of bytes: all of an object of its own, or a part of the shard that it is packed into.
+"""
 
 import copy
 import functools
@@ -15,7 +18,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 try:
     import fcntl
@@ -26,7 +29,6 @@ import cv2
 import numpy as np
 import obstore
 import torch
-from botocore.exceptions import HTTPClientError
 from obstore.exceptions import GenericError
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
@@ -36,13 +38,22 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", 
 THREADS = 64  # requests in flight: hides 40 ms each
 CORES = os.cpu_count()  # threads that decode: OpenCV releases the GIL
 CHUNK = 4  # loose objects that a thread fetches one after the other: switching threads costs as much as decoding
-AHEAD = 4096  # images that a batch announces
+DECODE_CHUNK = 8  # images that a thread decodes one after the other, for the same reason
+ANNOUNCED = 4096  # images that a batch announces
 WINDOW = 64 * 2**20  # bytes of announced images that are held at once, encoded
 DECODED = 2  # batches that are decoded ahead
 GAP = 128 * 2**10  # bytes that are read for nothing where that saves a request: it costs about as much time
 RANGE = 2 * 2**20  # bytes of a shard in one request
-SHARDS = 4  # written at once, each held in memory
 INDEX = "index.json"
+
+
+class Span(NamedTuple):
+    """Where an image lies: the bytes from first up to last of an object, and what changes when they do."""
+
+    object: str  # its URL
+    first: int
+    last: int
+    version: object  # CRC-32 of an image in a shard; ETag or date of an object
 
 
 def decode(data, size=None):
@@ -52,8 +63,8 @@ def decode(data, size=None):
     Raises ValueError for what is not an image.
     """
     try:
-        smaller = _smaller(data, size) if size else 0
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | smaller) if len(data) else None
+        reduced = choose_reduction(data, size) if size else 0
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | reduced) if len(data) else None
     except cv2.error:
         image = None
     if image is None:
@@ -63,15 +74,15 @@ def decode(data, size=None):
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def _smaller(data, size):
-    """OpenCV's flag to decode a JPEG at 1/2, 1/4 or 1/8, which costs less, where that still is no smaller than size."""
+def choose_reduction(data, size):
+    """OpenCV's flag to decode a JPEG at 1/8, 1/4 or 1/2, which costs less, if both sides still have size pixels."""
     at = 2
-    while data[:2] == b"\xff\xd8" and at + 9 < len(data) and data[at] == 0xFF:  # from marker to marker: the frame's
+    while data[:2] == b"\xff\xd8" and at + 9 < len(data) and data[at] == 0xFF:  # marker by marker to the frame header
         marker, length = data[at + 1], int.from_bytes(data[at + 2:at + 4], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             shorter = min(int.from_bytes(data[i:i + 2], "big") for i in (at + 5, at + 7))
-            return next((16 * scale // 2 for scale in (8, 4, 2) if shorter >= scale * size), 0)  # 64, 32, 16
-        at += 1 if marker == 0xFF else 2 + length  # a byte to fill up
+            return next((8 * scale for scale in (8, 4, 2) if shorter >= scale * size), 0)  # 64, 32, 16
+        at += 1 if marker == 0xFF else 2 + length  # 0xFF may be repeated before a marker
     return 0
 
 
@@ -79,7 +90,7 @@ class S3ImageFolder(Dataset):
     """torchvision's ImageFolder over s3://bucket/prefix/{class}/…/{file}, read as it is used, never through a disk.
 
     Items are (image, class index): the image (3, H, W) uint8 as `loader` makes it from the object's bytes, then
-    `transform`. A DataLoader asks for all of a batch at once (`__getitems__`), so its objects are fetched together; the
+    `transform`. A DataLoader asks for all of a batch at once (`__getitems__`), so its images are fetched together; the
     batches of `images.loader` also say what comes after them, which is fetched meanwhile. What `pack` wrote is read as
     the folder it was made from, many images a request, and stays in memory up to 64 MB.
 
@@ -96,29 +107,22 @@ class S3ImageFolder(Dataset):
         self.root, self.transform, self.target_transform = str(root).rstrip("/"), transform, target_transform
         self.loader, self.on_error, self.skipped = loader, on_error, {}
         self.cache = (str(Path(cache_dir).expanduser().absolute()), cache_bytes, self.root) if cache_dir else None
-        files = storage.objects(self.root)
-        self.shards, files = _members(self.root) if {INDEX, "shard-000000.tar"} <= files.keys() else (None, files)
-        images = image_names(files)
-        self.ignored = len(files) - len(images)
-        self.classes = sorted({name.split("/")[0] for name in images})
-        if not images:
+        self.shards, spans = list_spans(self.root)
+        names = image_names(spans)
+        if not names:
             raise storage.StorageError(f"There are no class folders with images under {self.root}: put some there with "
                                        "notebook 01 (make run NOTEBOOKS=01), or check the name.")
+        self.ignored = len(spans) - len(names)
+        self.classes = sorted({name.split("/")[0] for name in names})
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
-        self.samples = [(f"{self.root}/{name}", self.class_to_idx[name.split("/")[0]]) for name in images]
+        self.samples = [(f"{self.root}/{name}", self.class_to_idx[name.split("/")[0]]) for name in names]
         self.targets = [target for _, target in self.samples]
-        self._files = [files[name] for name in images]
-        self._stays = bool(self.shards) and sum(file["size"] for file in self._files) <= WINDOW  # in memory, once read
-        self._asked = {}
-        self._forget(None)
-
-    def _forget(self, order):
-        self._order, self._coming, self._rest = order, {}, 0
-        if not self._stays:
-            self._asked = {}
+        self.spans = [spans[name] for name in names]
+        small = self.shards and sum(span.last - span.first for span in self.spans) <= WINDOW
+        self._memory = {} if small else None  # {index: bytes}: a small pack stays there
 
     def __getstate__(self):
-        return {**vars(self), "_order": None, "_asked": {}, "_coming": {}, "_rest": 0}
+        return {**vars(self), "_memory": self._memory and {}}  # a worker reads its own
 
     def __len__(self):
         return len(self.samples)
@@ -132,21 +136,16 @@ class S3ImageFolder(Dataset):
 
     def __getitems__(self, indices):
         # Fetched and decoded in threads, transformed here in order: random augmentation stays the same for a seed.
-        storage.store(storage.parse(self.root)[0])  # made once, not in every thread; tells of a fork, which is no skip
-        order, ahead = getattr(indices, "order", None), getattr(indices, "ahead", ())
-        if order != self._order:  # another epoch or loader: what was fetched for the one before is of no use
-            for future in (*self._coming.values(), *(() if self._stays else filter(None, self._asked.values()))):
-                future.cancel()
-            self._forget(order)
-        self._ask(indices, ahead)
+        storage.store(storage.parse(self.root)[0])  # made here, not in every thread; its error after a fork is no skip
+        prefetch, ahead = getattr(indices, "prefetch", None) or Prefetch(), getattr(indices, "ahead", ())
+        self._fetch_ahead(prefetch, (indices, *ahead))
         for batch in (indices, *ahead[:DECODED]):
-            new = [index for index in dict.fromkeys(batch) if index not in self._coming]
-            for chunk in _chunks(new, 8):
-                self._coming |= dict.fromkeys(chunk, _threads("decode", CORES).submit(self._load_all, chunk))
-        images, items = {}, []
-        for index in dict.fromkeys(indices):
-            coming = self._coming.pop(index, None)  # None where another thread has taken it
-            images[index] = coming.result()[index] if coming else self._load(index)
+            new = [index for index in dict.fromkeys(batch) if index not in prefetch.decoding]
+            for chunk in chunks(new, DECODE_CHUNK):
+                fetching = {index: prefetch.fetching.pop(index, None) for index in chunk}
+                prefetch.decoding |= dict.fromkeys(chunk, threads("decode", CORES).submit(self._load_all, fetching))
+        images = {index: prefetch.decoding.pop(index).result()[index] for index in dict.fromkeys(indices)}
+        items = []
         for index in indices:
             image, target = images[index], self.targets[index]
             if len(images) < len(indices):  # some come more than once, and a transform may change an image in place
@@ -155,17 +154,74 @@ class S3ImageFolder(Dataset):
                           self.target_transform(target) if self.target_transform else target))
         return items
 
-    def _load_all(self, indices):
-        return {index: self._load(index) for index in indices}
+    def _fetch_ahead(self, prefetch, batches):
+        """Ask for the images of a batch and of those after it, again when half of what was asked for is in use.
 
-    def _load(self, index):
+        Of loose objects as many as keep all threads at work. Of shards as many as memory may hold, thousands, so that
+        many of them lie close together though their order is random.
+        """
+        if len(prefetch.fetching) + len(prefetch.decoding) > prefetch.enough:
+            return
+        wanted, held = {}, 0
+        for number, batch in enumerate(batches):
+            if number > DECODED and (held > WINDOW or not self.shards and len(wanted) >= CHUNK * THREADS):
+                break
+            wanted |= dict.fromkeys(batch)
+            held += sum(self.spans[index].last - self.spans[index].first for index in batch)
+        prefetch.enough = max(len(wanted) // 2, (1 + DECODED) * len(batches[0]))
+        new = [index for index in wanted if index not in prefetch.fetching and index not in prefetch.decoding]
+        prefetch.fetching |= dict.fromkeys(new)  # None: no request, for what is here already
+        cache, memory = self._open_cache(), self._memory or ()
+        here = {index for index in new if index in memory or cache and cache.has(self.samples[index][0])}
+        requests = self.group([index for index in new if index not in here])
+        waited_for = set(batches[0])  # these come first, each with a thread of its own
+        first = [request for request in requests if not waited_for.isdisjoint(request)]
+        later = [request for request in requests if waited_for.isdisjoint(request)]
+        for task in (*chunks(first, 1), *chunks(later, 1 if self.shards else CHUNK)):
+            future = threads("fetch", THREADS).submit(self._fetch, task)
+            prefetch.fetching |= dict.fromkeys(itertools.chain(*task), future)
+
+    def group(self, indices):
+        """The indices in lists, one for each request: what lies close together in an object. Soonest needed first."""
+        position = {index: i for i, index in enumerate(indices)}
+        requests, start, before = [], None, None
+        for index in sorted(indices, key=self.spans.__getitem__):
+            span = self.spans[index]
+            near = before and span.object == start.object and span.first - before.last <= GAP
+            if not near or span.last - start.first > RANGE:
+                requests.append([])
+                start = span
+            requests[-1].append(index)
+            before = span
+        return sorted(requests, key=lambda request: min(map(position.get, request)))
+
+    def _fetch(self, requests):
+        """Make requests one after the other: {index: the image's bytes, or the OSError that there was}."""
+        received = {}
+        for request in requests:
+            spans = [self.spans[index] for index in request]
+            start, end = (spans[0].first, spans[-1].last) if self.shards else (0, None)  # an object may have grown
+            try:
+                data = fetch(spans[0].object, start, end)
+            except OSError as error:
+                received |= dict.fromkeys(request, error)
+                continue
+            for index, span in zip(request, spans):
+                received[index] = data[span.first - start:span.last - start] if self.shards else data
+        return received
+
+    def _load_all(self, fetching):
+        return {index: self._load(index, future) for index, future in fetching.items()}
+
+    def _load(self, index, future):
+        """The decoded image or, with on_error="skip", the next one of its class that can be read."""
         wanted = self.targets[index]
         for i in itertools.chain(range(index, len(self)), range(index)):
             url, target = self.samples[i]
             if target != wanted or url in self.skipped:
                 continue
             try:
-                return self.loader(self._read(i))
+                return self.loader(self._read(i, future if i == index else None))
             except (OSError, ValueError) as error:
                 reason = str(error) if url in str(error) else f"{url}: {error}"
                 if self.on_error == "raise":
@@ -174,85 +230,38 @@ class S3ImageFolder(Dataset):
                 warnings.warn(f"skipped {reason}")
         raise storage.StorageError(f"No image of the class {self.classes[wanted]!r} under {self.root} can be read.")
 
-    def _read(self, index):
-        """The object's bytes: from the local cache, or from the server, where most have been asked for already."""
-        url, file = self.samples[index][0], self._files[index]
-        cache = self.cache and _cache(*self.cache)
-        asked = self._asked.get(index) if self._stays else self._asked.pop(index, None)
-        if cache and (data := cache.get(url, file)) is not None:
+    def _read(self, index, future):
+        """The bytes of an image: from memory, from the local cache, or from the server by the request in the future."""
+        if self._memory and index in self._memory:
+            return self._memory[index]
+        url, span, cache = self.samples[index][0], self.spans[index], self._open_cache()
+        if cache and (data := cache.get(url, span)) is not None:
             return data
-        data = (asked.result() if asked else self._fetch([index]))[index]
-        if self.shards and not isinstance(data, OSError) and zlib.crc32(data) != file["crc32"]:
-            data = storage.StorageError(f"{url} is damaged in {file['shard']}: delete {self.root} and pack it again.")
+        data = (future.result() if future else self._fetch([[index]]))[index]
+        if self.shards and not isinstance(data, OSError) and zlib.crc32(data) != span.version:
+            data = storage.StorageError(f"{url} is damaged in {span.object}: delete {self.root} and pack it again.")
         if isinstance(data, OSError):
-            self._asked.pop(index, None)  # to be tried again
             raise data
+        if self._memory is not None:
+            self._memory[index] = data
         if cache:
-            cache.put(url, file, data)
+            cache.put(url, span, data)
         return data
 
-    def _ask(self, indices, ahead):
-        """Ask for what comes next: of loose objects for enough to keep all threads at work.
+    def _open_cache(self):
+        return open_cache(*self.cache) if self.cache else None
 
-        Of shards for thousands at once, when half of those before are used, so that many of them lie close together
-        though the order is random.
-        """
-        self._rest -= len(indices)
-        if self.shards and self._rest > 0:
-            return
-        held, wanted, cache = 0, {}, self.cache and _cache(*self.cache)
-        for number, batch in enumerate((indices, *ahead)):
-            if number > DECODED and (held > WINDOW or not self.shards and len(wanted) >= CHUNK * THREADS):
-                break
-            wanted |= dict.fromkeys(batch)
-            held += sum(self._files[index]["size"] for index in batch)
-        self._rest = len(wanted) // 2
-        new = [index for index in wanted if index not in self._asked and index not in self._coming]
-        if cache:
-            here = {index for index in new if cache.has(self.samples[index][0])}
-            self._asked |= dict.fromkeys(here)  # with no request: None
-            new = [index for index in new if index not in here]
-        if self.shards:
-            groups = self._neighbours(new)
-        else:
-            waited_for = set(indices)  # they come first, and each is fetched by a thread of its own
-            first = sum(index in waited_for for index in new)
-            groups = [*_chunks(new[:first], 1), *_chunks(new[first:], CHUNK)]
-        for group in groups:
-            self._asked |= dict.fromkeys(group, _threads("fetch", THREADS).submit(self._fetch, group))
 
-    def _neighbours(self, indices):
-        """The indices in groups that lie close together in a shard."""
-        places = sorted((file["shard"], file["offset"], file["size"], index) for index in indices
-                        for file in [self._files[index]])
-        groups, at = [], None
-        for shard, offset, size, index in places:
-            if at != shard or offset - end > GAP or offset + size - start > RANGE:
-                groups.append([])
-                at, start = shard, offset
-            groups[-1].append(index)
-            end = offset + size
-        return groups
-
-    def _fetch(self, group):
-        """{index: its bytes, or the OSError that there was}: of neighbours in a shard, by one request, or of objects."""
-        found = {}
-        if self.shards:
-            first, last = self._files[group[0]], self._files[group[-1]]
-            try:
-                part = memoryview(_part(f"{self.root}/{first['shard']}", first["offset"], last["offset"] + last["size"]))
-            except OSError as error:
-                return dict.fromkeys(group, error)
-            for index in group:
-                start = self._files[index]["offset"] - first["offset"]
-                found[index] = bytes(part[start:start + self._files[index]["size"]])
-        else:
-            for index in group:
-                try:
-                    found[index] = fetch(self.samples[index][0])
-                except OSError as error:
-                    found[index] = error
-        return found
+def list_spans(url):
+    """Names of the shards that `pack` wrote under a prefix, or None where objects are loose, and {name: Span} of all."""
+    files = storage.objects(url)
+    if {INDEX, "shard-000000.tar"} <= files.keys():
+        index = json.loads(fetch(f"{url}/{INDEX}"))
+        objects = [f"{url}/{shard}" for shard in index["shards"]]
+        return index["shards"], {name: Span(objects[shard], offset, offset + size, crc32)
+                                 for name, shard, offset, size, crc32 in index["samples"]}
+    return None, {name: Span(f"{url}/{name}", 0, file["size"], file["e_tag"] or file["last_modified"])
+                  for name, file in files.items()}
 
 
 def image_names(files):
@@ -261,51 +270,30 @@ def image_names(files):
     return sorted(names, key=lambda name: (name.split("/")[0], *name.rpartition("/")))
 
 
-def _chunks(indices, size):
-    return [indices[i:i + size] for i in range(0, len(indices), size)]
-
-
-@functools.cache
-def _threads(name, count):
-    return ThreadPoolExecutor(count, thread_name_prefix=name)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
-
-
-def fetch(url):
-    """The bytes of one object. Faults of the server are retried; raises StorageError when it cannot be read."""
+def fetch(url, first=0, last=None):
+    """The bytes of an object, all or from first up to last. Raises StorageError when it cannot be read."""
     bucket, key = storage.parse(url)
     with storage.translate_errors(url):
-        return bytes(obstore.get(storage.store(bucket), key).bytes())  # obstore's own bytes lack most methods
-
-
-def _part(url, start, end):
-    """Bytes start to end of an object."""
-    bucket, key = storage.parse(url)
-    with storage.translate_errors(url):
-        if bucket not in _whole:
+        if last is None:
+            return bytes(obstore.get(storage.store(bucket), key).bytes())  # obstore's own bytes lack most methods
+        if bucket not in _without_206:
             try:
-                return obstore.get_range(storage.store(bucket), key, start=start, end=end)
+                return bytes(obstore.get_range(storage.store(bucket), key, start=first, end=last))
             except GenericError as error:
                 if "non-partial" not in str(error):
                     raise
-                _whole.add(bucket)
-        for last in (False, False, True):  # boto3 does not ask again for a body that broke off
-            try:
-                body = storage.client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")["Body"]
-                data = body.read()
-                break
-            except HTTPClientError:
-                if last:
-                    raise
-        if len(data) != end - start:
-            raise ValueError(f"the server gives {len(data)} bytes where {end - start} are asked for")
+                _without_206.add(bucket)
+        span = {"Bucket": bucket, "Key": key, "Range": f"bytes={first}-{last - 1}"}
+        data = storage.retry(lambda: storage.client(bucket).get_object(**span)["Body"].read())
+        if len(data) != last - first:
+            raise ValueError(f"the server gives {len(data)} bytes where {last - first} are asked for")
         return data
 
 
-_whole = set()  # buckets whose server says 200 to a range, as for a whole object: rclone does, and obstore refuses it
+_without_206 = set()  # buckets of a server that gives a range with status 200, as rclone does; obstore refuses that
+
+
+# --------------------------------------------------------------------------------------------------------- loader
 
 
 def loader(dataset, batch_size, shuffle=False, num_workers=0, seed=0, **options):
@@ -324,7 +312,8 @@ def loader(dataset, batch_size, shuffle=False, num_workers=0, seed=0, **options)
     batches = dict(batch_size=batch_size, sampler=order)
     if isinstance(dataset, S3ImageFolder):
         order = options.pop("sampler", order or SequentialSampler(dataset))
-        batches = dict(batch_sampler=Announced(order, batch_size, options.pop("drop_last", False), num_workers))
+        drop_last = options.pop("drop_last", False)
+        batches = dict(batch_sampler=AnnouncedBatches(order, batch_size, drop_last, num_workers))
     return DataLoader(dataset, **batches, num_workers=num_workers, generator=torch.Generator().manual_seed(seed),
                       **workers, **options)
 
@@ -334,142 +323,170 @@ def _start_worker(environment, worker):
     os.environ.update(environment)
 
 
-class Announced(BatchSampler):
-    """PyTorch's batches of indices, each of which knows which come after it: batch.ahead, of the epoch batch.order."""
+class AnnouncedBatches(BatchSampler):
+    """PyTorch's batches of indices, each of which knows which come after it: batch.ahead, and its epoch's Prefetch."""
 
     def __init__(self, sampler, batch_size, drop_last, num_workers):
         super().__init__(sampler, batch_size, drop_last)
         self.num_workers = num_workers
 
     def __iter__(self):
-        order, batches = uuid.uuid4().hex, super().__iter__()
+        prefetch, batches = Prefetch(), super().__iter__()
         readers = max(self.num_workers, 1)  # processes, which take turns
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             readers *= torch.distributed.get_world_size()
-        window = deque(itertools.islice(batches, 1 + readers * max(AHEAD // self.batch_size, 2)))
+        window = deque(itertools.islice(batches, 1 + readers * max(ANNOUNCED // self.batch_size, 2)))
         while window:
-            batch = _Batch(window.popleft())
-            batch.order, batch.ahead = order, tuple(itertools.islice(window, readers - 1, None, readers))
+            batch = Batch(window.popleft())
+            batch.prefetch, batch.ahead = prefetch, tuple(itertools.islice(window, readers - 1, None, readers))
             yield batch
             window.extend(itertools.islice(batches, 1))
 
 
-class _Batch(list):
-    pass
+class Batch(list):
+    """Indices that can carry attributes."""
 
 
-# -------------------------------------------------------------------------------------------------------- shards
+class Prefetch:
+    """What one pass over a dataset has asked for and not used yet.
 
-def _md5(data):
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+    It belongs to the pass, not to the dataset, so that several loaders and threads can read one dataset at a time. Its
+    batches hold it; when the last of them is gone, so is the pass, and what has not begun is cancelled.
+    """
+
+    def __init__(self, key=None):
+        self.key = key or uuid.uuid4().hex
+        self.fetching = {}  # {index: future of {index: bytes}}
+        self.decoding = {}  # {index: future of {index: image}}
+        self.enough = 0  # while there are more than these in both, nothing is asked for
+
+    def __del__(self):
+        for future in (*self.decoding.values(), *self.fetching.values()):
+            if future:
+                future.cancel()
+
+    def __reduce__(self):  # to a worker goes the key alone, and all batches of a pass meet there again
+        return resume_prefetch, (self.key,)
 
 
-def _members(url):
-    """The shards of what `pack` wrote, and its images as objects: {name: {"shard", "offset", "size", "crc32"}}."""
-    index = json.loads(fetch(f"{url}/{INDEX}"))
-    shards = index["shards"]
-    return shards, {name: {"shard": shards[shard], "offset": offset, "size": size, "crc32": crc32}
-                    for name, shard, offset, size, crc32 in index["samples"]}
+@functools.lru_cache(maxsize=1)  # a worker serves one pass after the other
+def resume_prefetch(key):
+    return Prefetch(key)
 
 
-# --------------------------------------------------------------------------------------------------------- cache
+def chunks(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-class _Cache:
-    """Objects in a local folder, with a bound on their bytes that holds for all processes that use it together.
+@functools.cache
+def threads(name, count):
+    return ThreadPoolExecutor(count, thread_name_prefix=name)
 
-    A file comes into being whole, by renaming, and under the lock of the account of bytes; locks end with the process
-    that holds them, so it may be killed at any time. When the bound is reached, data sets that no process uses make
-    room, the one used longest ago first. Of those in use everything stays, and nothing more comes in: an epoch needs
-    all of its images once, so that one is worth as much as another.
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=threads.cache_clear)  # threads do not survive a fork
+
+
+# ---------------------------------------------------------------------------------------------------------- cache
+
+
+class Cache:
+    """Images of a data set in a local folder, with a bound on its bytes that holds for all processes that share it.
+
+    A file appears whole, by renaming, while the process holds the lock of the account of bytes. A lock ends with the
+    process that holds it, so that one may be killed at any time. When the bound is reached, data sets that no process
+    uses are deleted, the one used longest ago first. Of those in use everything stays and nothing comes in: an epoch
+    needs each of its images once, so that one is worth as much as another.
     """
 
     def __init__(self, directory, limit, root):
         self.directory, self.limit, self.full = Path(directory), limit, False
-        self.folder = self.directory / _md5(root.encode())
+        self.folder = self.directory / md5(root)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with self._account():
+            with self._locked_account():
                 self.folder.mkdir(exist_ok=True)
-                self.used = open(self.folder / "in-use", "w")  # a lock on it says so, as long as this process lives
-                fcntl.flock(self.used, fcntl.LOCK_SH)
+                self.in_use = open(self.folder / "in-use", "w")  # locked as long as this process lives
+                fcntl.flock(self.in_use, fcntl.LOCK_SH)
         except OSError as error:
             self.full = True
             warnings.warn(f"There is no cache at {self.directory}: {error}")
 
-    def get(self, url, file):
-        """The object's bytes, or None when they are not here, or not those of this version."""
+    def get(self, url, span):
+        """The image's bytes, or None when they are not here, or damaged, or of another version."""
         try:
-            with open(self._path(url), "rb", buffering=0) as cached:
-                data = cached.read()
+            with open(self._path(url), "rb", buffering=0) as file:
+                data = file.read()
         except OSError:
             return None
-        version, checksum, data = data[:16], data[16:20], data[20:]
-        whole = version == self._version(file) and checksum == zlib.crc32(data).to_bytes(4, "big")
-        return data if whole and len(data) == file["size"] else None
+        checksum, data = data[:4], data[4:]
+        return data if len(data) == span.last - span.first and checksum == self._checksum(span, data) else None
 
     def has(self, url):
         return os.path.exists(self._path(url))
 
-    def put(self, url, file, data):
+    def put(self, url, span, data):
         if self.full:
             return
-        path, data = Path(self._path(url)), self._version(file) + zlib.crc32(data).to_bytes(4, "big") + data
+        path, data = Path(self._path(url)), self._checksum(span, data) + data
         try:
-            with self._account() as account:
-                account.bytes -= path.stat().st_size if path.exists() else 0
-                if account.bytes + len(data) > self.limit:
-                    self._make_room(account, len(data))
-                if account.bytes + len(data) > self.limit:
-                    self.full = True
-                    return
-                account.bytes += len(data)
-                account.write()  # before the file: who is killed leaves room unused, never too little of it
-                path.unlink(missing_ok=True)
-                path.parent.mkdir(exist_ok=True)
-                path.with_suffix(".new").write_bytes(data)
-                path.with_suffix(".new").replace(path)
+            with self._locked_account() as account:
+                number = account.read()
+                total = int(number) if number.isdigit() else self.limit  # damaged: to be counted anew
+                if path.exists():  # another version
+                    total -= path.stat().st_size
+                    path.unlink()
+                if total + len(data) > self.limit:
+                    total = self._make_room(len(data))
+                self.full = total + len(data) > self.limit
+                total += 0 if self.full else len(data)
+                # First the account: a process that is killed between leaves room unused, never too many bytes.
+                os.pwrite(account.fileno(), b"%020d" % total, 0)
+                if not self.full:
+                    path.parent.mkdir(exist_ok=True)
+                    path.with_suffix(".new").write_bytes(data)
+                    path.with_suffix(".new").replace(path)
         except OSError as error:  # such as a full disk: the images are there without it
             self.full = True
             warnings.warn(f"The cache at {self.directory} takes no more: {error}")
 
     @contextmanager
-    def _account(self):
-        """Within it no other process writes; its `bytes` are those of all files."""
-        with open(os.open(self.directory / "bytes", os.O_RDWR | os.O_CREAT), "r+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            said = file.read()
-            account = SimpleNamespace(bytes=int(said) if said.isdigit() else self.limit)  # to be counted anew
-            account.write = lambda: os.pwrite(file.fileno(), b"%020d" % account.bytes, 0)
+    def _locked_account(self):
+        """The file with the number of bytes of all others, while no other process may write."""
+        with open(os.open(self.directory / "bytes", os.O_RDWR | os.O_CREAT), "r+b", buffering=0) as account:
+            fcntl.flock(account, fcntl.LOCK_EX)
             yield account
-            account.write()
 
-    def _make_room(self, account, needed):
-        sizes = {}  # counted anew: a process that was killed may have left the account wrong, or a file half-written
-        for used in self.directory.glob("*/in-use"):
-            sizes[used] = 0
-            for path in used.parent.glob("*/*"):
-                if path.suffix == ".new":
+    def _make_room(self, needed):
+        """Delete data sets that no process uses until there is room; the bytes that are left, counted."""
+        sizes = {}
+        for in_use in self.directory.glob("*/in-use"):
+            sizes[in_use] = 0
+            for path in in_use.parent.glob("*/*"):
+                if path.suffix == ".new":  # of a process that was killed
                     path.unlink()
                 else:
-                    sizes[used] += path.stat().st_size
-        account.bytes = sum(sizes.values())
-        for used in sorted(sizes, key=lambda used: used.stat().st_mtime):
-            if account.bytes + needed <= self.limit:
-                return
-            with open(used) as lock, suppress(BlockingIOError):
+                    sizes[in_use] += path.stat().st_size
+        for in_use in sorted(sizes, key=lambda path: path.stat().st_mtime):
+            if sum(sizes.values()) + needed <= self.limit:
+                break
+            with open(in_use) as lock, suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(used.parent)
-                account.bytes -= sizes[used]
+                shutil.rmtree(in_use.parent)
+                del sizes[in_use]
+        return sum(sizes.values())
 
     def _path(self, url):
-        name = _md5(url.encode())
+        name = md5(url)
         return f"{self.folder}/{name[:2]}/{name}"
 
     @staticmethod
-    def _version(file):
-        return hashlib.md5(repr(file["crc32"] if "crc32" in file else file["e_tag"] or file["last_modified"]).encode(),
-                           usedforsecurity=False).digest()
+    def _checksum(span, data):  # of the version as well
+        return zlib.crc32(data, zlib.crc32(repr(span.version).encode())).to_bytes(4, "big")
 
 
-_cache = functools.cache(_Cache)
+open_cache = functools.cache(Cache)  # one per process
+
+
+def md5(text):
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()

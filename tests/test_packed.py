@@ -4,6 +4,7 @@ Requests are counted, held and changed by a proxy in front of a real server; pro
 """
 
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
@@ -570,15 +571,17 @@ def test_images_of_which_the_etag_is_no_checksum_are_packed_and_a_server_that_kn
 THOUSAND = [(b"%d" % n * 50, int(n > 499)) for n in range(1000)]
 
 
-@pytest.mark.parametrize("batch_size, first", [(8, images.CHUNK * images.THREADS), (200, 3 * 200)])
-def test_while_a_batch_is_used_the_next_ones_are_asked_for_as_many_as_keep_the_threads_at_work(batch_size, first):
+@pytest.mark.parametrize("batch_size, first, used, then", [(8, images.CHUNK * images.THREADS, 17, 256 + 128),
+                                                           (200, 3 * 200, 2, 4 * 200)])
+def test_while_a_batch_is_used_the_next_ones_are_asked_for_as_many_as_keep_the_threads_at_work(batch_size, first, used,
+                                                                                               then):
     folder = raw("s3://pictures/thousand")
     with wire() as proxy:
         batches = iter(images.loader(folder, batch_size))
         shown = items([next(batches)])
         assert settled(lambda: len(proxy.gets("thousand"))) == first
-        shown += items([next(batches)])
-        assert settled(lambda: len(proxy.gets("thousand"))) == first + batch_size
+        shown += items(next(batches) for _ in range(used - 1))
+        assert settled(lambda: len(proxy.gets("thousand"))) == then
         assert shown + items(batches) == THOUSAND
         assert Counter(proxy.gets("thousand")).total() == len(set(proxy.gets("thousand"))) == 1000
 
@@ -684,8 +687,8 @@ def test_several_threads_can_read_images_of_one_folder():
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("batch_size, length", [(4, 50), (3000, 30_000)])
 def test_what_a_batch_says_comes_next_is_what_comes_next_for_its_worker(workers, batch_size, length):
-    batches = images.Announced(RandomSampler(range(length)), batch_size, False, workers)
-    readers, orders = max(workers, 1), set()
+    batches = images.AnnouncedBatches(RandomSampler(range(length)), batch_size, False, workers)
+    readers, passes = max(workers, 1), set()
     for epoch in range(2):
         seen = list(batches)
         assert sorted(sum(seen, [])) == list(range(length)) and len(seen) == len(batches)
@@ -693,9 +696,9 @@ def test_what_a_batch_says_comes_next_is_what_comes_next_for_its_worker(workers,
             coming = seen[number + readers::readers]
             assert list(map(list, batch.ahead)) == coming[:len(batch.ahead)]
             assert len(batch.ahead) >= min(len(coming), 2)
-            assert sum(map(len, batch.ahead)) <= max(images.AHEAD, 2 * batch_size)
-        orders |= {batch.order for batch in seen}
-    assert len(orders) == 2
+            assert sum(map(len, batch.ahead)) <= max(images.ANNOUNCED, 2 * batch_size)
+        passes |= {batch.prefetch for batch in seen}
+    assert len(passes) == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
@@ -866,7 +869,9 @@ def test_images_that_another_reader_has_cached_meanwhile_are_not_held_in_memory_
     for _ in range(80):
         next(before)
         next(one)
-    assert sum(asked is not None for asked in folder._asked.values()) <= images.CHUNK * images.THREADS
+    gc.collect()
+    held = [found for found in gc.get_objects() if type(found) is images.Prefetch]
+    assert all(len(prefetch.fetching) <= images.CHUNK * images.THREADS for prefetch in held) and len(held) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ listings
@@ -892,10 +897,10 @@ def test_thousands_of_objects_in_nested_folders_are_listed_as_boto3_lists_them(u
 
 
 def test_faults_of_the_server_lose_no_object_of_a_listing():
-    expected = pages("many")
+    expected = pages("many/o dd")
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"], slow_down_every=4, reset_every=5, truncate_every=6) as proxy:
         with connected(os.environ | {"AWS_ENDPOINT_URL": proxy.url}):
-            assert listed("s3://many") == expected
+            assert listed("s3://many/o dd") == expected
         assert min(proxy.slow_downs, proxy.resets) > 0
 
 
