@@ -73,7 +73,7 @@ class OwnKernel(AsyncKernelManager):
     """Kernels of the Python that runs this, whatever "python3" kernelspecs Jupyter knows on this machine."""
 
     def _kernel_spec_manager_default(self):
-        return KernelSpecManager(kernel_dirs=[])  # no folders to search, so ipykernel's own spec, sys.executable, is used
+        return KernelSpecManager(kernel_dirs=[])  # no folders to search: ipykernel's own spec is left, sys.executable
 
 
 def run_papermill(notebook, target, parameters):
@@ -261,8 +261,8 @@ def run_on_processes(notebook, target, parameters, *, processes=1, nodes=1, node
 
     Each process executes the whole notebook in a kernel of its own; TrainLoop divides the batches among them, and only
     the first one changes the store (see storage.run_in_first_process). processes: on this machine; 0 is one for each
-    GPU. On several machines the same is started on each, with its node_rank, the rendezvous (host:port of the first) and
-    an S3 that all of them reach.
+    GPU. On several machines the same is started on each, with its node_rank, the rendezvous (host:port of the first)
+    and an S3 that all of them reach.
     """
     import torch  # here: the processes, which import this module too, do without
     from torch.distributed import run as torchrun
