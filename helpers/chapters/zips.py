@@ -166,6 +166,7 @@ def keep_record(url, record, everything, plan):
     if not before:
         storage.write(f"{url}/split.json", json.dumps(record, indent=1).encode())
 
+@storage.run_in_first_process
 def split_classes(url, ratios=(0.7, 0.15, 0.15), seed=0):
     """Copy the class folders of `url`/raw to `url`/train, /val and /test, each class in these ratios, shuffled by seed.
 
