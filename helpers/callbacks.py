@@ -41,10 +41,13 @@ class LearningRate(Callback):
         self.schedule, self.warmup, self.cycles, self.every, self.monitor = schedule, warmup, cycles, every, monitor
 
     def before_fit(self, loop):
-        batches = len(loop.train_loader)
-        moves = math.ceil(batches / loop.accumulate) if self.every == "step" else 1  # in an epoch
-        self.total = math.ceil(loop.total_steps * moves / batches)
-        make = self.schedule if callable(self.schedule) else self._make
+        self.total, make = math.inf, self.schedule
+        if not callable(make):
+            if math.isinf(loop.total_steps):
+                raise ValueError("A schedule has to know the end: fit(num_steps=…) where the loader has no length.")
+            batches = min(loop.epoch_batches, loop.total_steps)
+            moves = math.ceil(batches / loop.accumulate) if self.every == "step" else 1  # in an epoch
+            self.total, make = math.ceil(loop.total_steps * moves / batches), self._make
         self.schedulers = [make(optimizer) for optimizer in loop.optimizers]
 
     def _make(self, optimizer):
@@ -167,15 +170,17 @@ def plot_history(history):
     from matplotlib import pyplot
 
     names = [name for name, value in history[-1].items() if isinstance(value, (int, float)) and name != "epoch"]
-    panels = {}  # {what is measured: [the columns of it, on training and validation data]}
+    panels = {}  # {what is measured: [the columns of it, on training, validation and test data]}
+    colors = {"val": "tab:orange", "test": "tab:green"}
     for name in names:
-        panels.setdefault(re.sub("^(train|val)_", "", name).replace("_", " "), []).append(name)
+        panels.setdefault(re.sub("^(train|val|test)_", "", name).replace("_", " "), []).append(name)
     figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), squeeze=False)
     pyplot.close(figure)
     for axis, (title, columns) in zip(axes[0], panels.items()):
         for name in columns:
-            axis.plot([row["epoch"] for row in history], [row.get(name) for row in history], marker=".",
-                      label=name.split("_")[0], color="tab:orange" if name.startswith("val_") else "tab:blue")
+            data = name.split("_")[0]
+            axis.plot([row["epoch"] for row in history], [row.get(name) for row in history], marker=".", label=data,
+                      color=colors.get(data, "tab:blue"))
         axis.set(title=title, xlabel="epoch")
         if len(columns) > 1:
             axis.legend(frameon=False)
@@ -211,7 +216,7 @@ class Checkpoint(Callback):
             break
 
     def after_step(self, loop):
-        within = loop.batch < len(loop.train_loader) and loop.steps < loop.last_step  # or else after_epoch does it
+        within = loop.batch < loop.epoch_batches and loop.steps < loop.last_step  # or else after_epoch does it
         if isinstance(self.every, int) and within and loop.stepped and loop.steps % self.every < loop.accumulate:
             self._save(loop)  # at the first step of the optimizer from there: no gradients wait
 

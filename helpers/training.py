@@ -3,8 +3,9 @@
 import math
 import random
 import time
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import zip_longest
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, broadcast_object_list, find_batch_size, gather_object, send_to_device
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
@@ -50,7 +51,7 @@ class _Task(nn.Module):
         self.model, self.criterion = model, criterion
 
     def forward(self, batch, training):
-        """(loss or losses, outputs, targets), any of which may be None."""
+        """(loss or losses, outputs, targets, and what else the model predicts), any of which may be None."""
         if hasattr(self.model, "get_loss"):
             loss = self.model.get_loss(batch, self.criterion)
             return (loss, None, None) if training else (loss, *self.model.get_predictions(batch))
@@ -68,9 +69,11 @@ class TrainLoop:
 
     model: any nn.Module. Batches are (inputs, targets), with criterion(model(inputs), targets) the loss; or a dict of
         the model's arguments, where a model that returns its loss, as those of transformers do, needs no criterion.
-        For anything else the model has `get_loss(batch, criterion)` and `get_predictions(batch)` -> (outputs, targets).
+        For anything else the model has `get_loss(batch, criterion)` and `get_predictions(batch)` -> (outputs, targets),
+        each a tensor or a list with an item per sample, and a third one for `predict` if you like.
     optimizer: one, or a list; get_loss then yields a loss for each, computed after the step of the one before, and
         each loss changes the weights of its own optimizer only.
+    test_loader: evaluated at the end of `fit`, as test_loss, test_{metric}, … in the last row of the history.
     scheduler: a torch scheduler, stepped after every step of the optimizer (or use callbacks.LearningRate).
     metrics: {name: torchmetrics.Metric} or a MetricCollection, updated with (outputs, targets) in `evaluate`.
     accumulate: batches whose gradients are averaged for one step of the optimizer.
@@ -97,7 +100,7 @@ class TrainLoop:
             self.add_metrics(metrics)
         self.history = []  # a dict per epoch: epoch, train_loss, val_loss, val_{metric}, …
         self.steps = self.batch = 0  # batches so far, and those of the unfinished epoch
-        self.callbacks = []
+        self.callbacks, self.frozen = [], []  # frozen: modules that stay in evaluation mode, such as a batch norm
 
     def _shard(self, loader, even=True):
         """A loader of this process's share of the batches, in an order that all processes draw alike.
@@ -137,31 +140,42 @@ class TrainLoop:
         last_epoch = len(self.history) + num_epochs if num_epochs else math.inf
         with progress(self.total_steps, "training", "batch") as self.bar:
             try:
-                self._call("before_fit")
-                self.bar.total = self.total_steps  # a callback may have shortened it
-                while len(self.history) < last_epoch and self.steps < self.last_step:
-                    self.epoch = len(self.history) + 1
-                    epoch = f"epoch {self.epoch}/{last_epoch}" if num_epochs else f"epoch {self.epoch}"
-                    self.bar.set_description(epoch, refresh=False)
-                    self._call("before_epoch")
-                    row = {"epoch": self.epoch, **self._train_epoch()}
-                    if self.val_loader is not None:
-                        row |= {f"val_{name}": value for name, value in self.evaluate(self.val_loader).items()}
-                    self.history.append(row)
-                    self.batch = 0
-                    self._call("after_epoch")
-            except CancelFit:
-                pass
+                with suppress(CancelFit):
+                    self._call("before_fit")
+                    self.bar.total = None if self.total_steps == math.inf else self.total_steps  # may be shorter now
+                    while len(self.history) < last_epoch and self.steps < self.last_step:
+                        self.epoch = len(self.history) + 1
+                        epoch = f"epoch {self.epoch}/{last_epoch}" if num_epochs else f"epoch {self.epoch}"
+                        self.bar.set_description(epoch, refresh=False)
+                        self._set_training_mode()
+                        self._call("before_epoch")
+                        row = {"epoch": self.epoch, **self._train_epoch()}
+                        self.history.append(row | self._measure("val", self.val_loader))
+                        self.batch = 0
+                        self._call("after_epoch")
+                if self.history:
+                    self.history[-1] |= self._measure("test", self.test_loader)
             except BaseException:  # KeyboardInterrupt, too
                 self._call("after_error")
                 raise
             self._call("after_fit")
         return self.history
 
+    def _measure(self, name, loader):
+        return {} if loader is None else {f"{name}_{key}": value for key, value in self.evaluate(loader).items()}
+
+    @property
+    def epoch_batches(self):
+        """Batches in an epoch, for each process; infinite for a stream without a length."""
+        try:
+            return len(self.train_loader)
+        except TypeError:
+            return math.inf
+
     @property
     def total_steps(self):
         """Batches in the whole fit, for each process."""
-        return self.num_steps or self.num_epochs * len(self.train_loader)
+        return self.num_steps or self.num_epochs * self.epoch_batches
 
     @property
     def weights(self):
@@ -173,13 +187,13 @@ class TrainLoop:
 
         With gradients accumulated over `size` batches, the optimizer makes its step at the `last` of them.
         """
-        if not self.model.training:
-            self.task.train()
+        self._set_training_mode()
         batch, total, several = send_to_device(batch, self.accelerator.device), None, len(self.optimizers) > 1
         with nullcontext() if last and not several else getattr(self.task, "no_sync", nullcontext)():  # only DDP has it
             losses, *_ = self.task(batch, training=True)
             precision = self.accelerator.autocast if isinstance(losses, Iterator) else nullcontext  # it computes later
             losses = iter(losses if isinstance(losses, (Iterator, tuple, list)) else [losses])
+            self.stepped = last
             for self.optimizer in self.optimizers:
                 with precision():
                     loss = next(losses)
@@ -191,10 +205,15 @@ class TrainLoop:
                 loss.backward(inputs=self.weights if several else None)
                 if last:
                     self._update(several)
-        if last and self.scheduler is not None:
+        if self.stepped and self.scheduler is not None:
             self.scheduler.step()
-        self.stepped = last
         return total
+
+    def _set_training_mode(self):
+        if not self.model.training:
+            self.task.train()
+            for module in self.frozen:
+                module.training = False
 
     def _update(self, several):
         """One step of the optimizer, with the mean gradients of all processes, unscaled."""
@@ -207,21 +226,23 @@ class TrainLoop:
             scaler.unscale_(self.optimizer)
         self._call("after_backward")
         if scaler:  # skips the step when a gradient overflows fp16
+            scale = scaler.get_scale()
             scaler.step(self.optimizer)
             scaler.update()
+            self.stepped &= scaler.get_scale() >= scale
         else:
             self.optimizer.step()
         self.optimizer.zero_grad()
 
     def _train_epoch(self):
-        start, read, count = time.perf_counter(), 0.0, len(self.train_loader)
-        batches, before = self._batches(), self.seen
+        start, read, batches, before = time.perf_counter(), 0.0, self._batches(), self.seen
+        count = min(self.epoch_batches, self.batch + self.last_step - self.steps)
         for batch in batches:
             left = count - self.batch // self.accumulate * self.accumulate  # batches from the start of this group
             self.batch += 1
             last = self.batch % self.accumulate == 0 or self.batch == count
             self.step_loss = self.step(batch, min(left, self.accumulate), last)
-            size = find_batch_size(batch)
+            size = _size(batch)
             self.total = self.total + self.step_loss * size  # on the device
             self.seen += size
             self.steps += 1
@@ -233,6 +254,8 @@ class TrainLoop:
             self._call("after_step")
             if self.steps >= self.last_step:
                 break
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()  # of batches that a stream's end left without a step
         device = self.accelerator.device
         total, seen = self.accelerator.reduce((self.total.to(device), torch.tensor(self.seen, device=device)))
         rate = (self.seen - before) * self.accelerator.num_processes / (time.perf_counter() - start)
@@ -257,15 +280,21 @@ class TrainLoop:
 
     @torch.inference_mode()
     def evaluate(self, loader):
-        """{"loss": …, metric: …} over a loader, every sample counted once, on several processes too."""
+        """{"loss": …, metric: …} over a loader, every sample counted once, on several processes too.
+
+        {} and a warning for a loader that has no batches.
+        """
         if self.metrics:
             self.metrics.reset()
         total, seen = torch.zeros((), device=self.accelerator.device), 0
-        for loss, outputs, targets in self._outputs(loader):
-            size = find_batch_size(outputs)
+        for loss, outputs, targets, *_ in self._outputs(loader):
+            size = len(outputs) if isinstance(outputs, list) else _size(outputs)
             total, seen = None if loss is None else total + loss * size, seen + size
             if self.metrics:
                 self.metrics.update(outputs, targets)
+        if not seen:
+            warnings.warn("There is nothing to evaluate: the loader has no batches.")
+            return {}
         values = {name: value.tolist() for name, value in self.metrics.compute().items()} if self.metrics else {}
         if total is None:
             return values
@@ -275,13 +304,16 @@ class TrainLoop:
 
     @torch.inference_mode()
     def predict(self, loader):
-        """The model's outputs and the targets over a loader, in its order, on the CPU: (samples, …), (samples, …)."""
-        batches = [(outputs.cpu(), targets.cpu()) for _, outputs, targets in self._outputs(loader)]
+        """The model's outputs and the targets over a loader, in its order, on the CPU: (samples, …), (samples, …).
+
+        Lists of samples where they are no tensors, or of different shapes. What get_predictions returns beside
+        them comes third.
+        """
+        batches = [send_to_device(parts, "cpu") for _, *parts in self._outputs(loader)]
         if self.shared:  # the processes took turns
             turns = zip_longest(*gather_object([batches]))
             batches = [batch for turn in turns for batch in turn if batch is not None]
-        outputs, targets = zip(*batches)
-        return torch.cat(outputs), torch.cat(targets)
+        return tuple(_join(parts) for parts in zip(*batches)) or ([], [])
 
     def _outputs(self, loader):
         """(loss, outputs, targets) of each batch; of several processes, each has its share."""
@@ -290,6 +322,8 @@ class TrainLoop:
         self.shared = hasattr(loader, "shared")
         if self.accelerator.num_processes > 1:
             broadcast(list(self.model.buffers()))  # a batch norm's statistics, which DDP does not average
+        if self.model.training:
+            self.frozen = [module for module in self.task.modules() if not module.training]
         self.task.eval()
         for batch in loader:
             loss, *outputs = self.own_task(send_to_device(batch, self.accelerator.device), training=False)
@@ -346,6 +380,21 @@ def _random_sources(device, *loaders):
     generators = dict.fromkeys(getattr(owner, "generator", None) for owner in owners)
     generators.pop(None, None)
     return sources | {f"loader {i}": (each.get_state, each.set_state) for i, each in enumerate(generators)}
+
+
+def _size(batch):
+    """How many samples a batch has: the length of its first tensor or list of texts, within dicts and tuples."""
+    if isinstance(batch, Mapping):
+        return _size(next(iter(batch.values())))
+    inner = isinstance(batch, (tuple, list)) and isinstance(batch[0], (torch.Tensor, Mapping, tuple, list))
+    return _size(batch[0]) if inner else len(batch)
+
+
+def _join(parts):
+    """Those of all batches: as one tensor, or a list of samples."""
+    if all(isinstance(part, torch.Tensor) for part in parts) and len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(parts)
+    return None if parts[0] is None else [sample for part in parts for sample in part]
 
 
 def best_precision():

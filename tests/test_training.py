@@ -7,11 +7,12 @@ import time
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from helpers import images
 from helpers.callbacks import EarlyStopping
+from helpers.chapters.evaluation import question_answering
 from helpers.training import Callback, CancelFit, TrainLoop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -203,6 +204,123 @@ def test_predict_gives_outputs_and_targets_in_the_order_of_the_loader():
     shuffled, shuffled_targets = loop.predict(loader(dataset, shuffle=True))
     order = torch.cat([batch for batch, in loader(TensorDataset(torch.arange(22)), shuffle=True)])
     assert torch.equal(shuffled_targets, targets[order]) and torch.allclose(shuffled, outputs[order], atol=1e-6)
+
+
+# ------------------------------------------------------------------------------- texts, streams, frozen layers, tests
+
+
+class Texts(nn.Module):
+    """Says its texts in capitals, with their lengths as logits; trains on nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def get_loss(self, batch, criterion):
+        return self.weight + len(batch["text"])
+
+    def get_predictions(self, batch):
+        outputs = [text.upper() for text in batch["text"]]
+        return outputs, batch["target"], [{"length": len(text)} for text in batch["text"]]
+
+
+TEXTS = [{"text": "word " * n, "target": "WORD " * n} for n in range(1, 6)]
+
+
+def test_texts_are_trained_on_evaluated_and_predicted():
+    model, texts = Texts(), DataLoader(TEXTS, 2)
+    loop = TrainLoop(model, texts, texts, optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+                     metrics=question_answering())
+    [row] = loop.fit(1)
+    assert row["train_loss"] == row["val_loss"] == pytest.approx((2 + 2 + 2 + 2 + 1) / 5)
+    assert row["val_exact_match"] == 1
+    outputs, targets, extra = loop.predict(texts)
+    assert outputs == targets == [row["target"] for row in TEXTS]
+    assert extra == [{"length": 5 * n} for n in range(1, 6)]
+
+
+def test_predictions_of_different_lengths_are_a_list():
+    class Lengths(nn.Module):
+        def get_loss(self, batch, criterion):
+            return torch.tensor(0.0)
+
+        def get_predictions(self, batch):
+            return torch.zeros(len(batch), int(batch.max()), 2), batch
+
+    outputs, targets = TrainLoop(Lengths()).predict(DataLoader([1, 2, 5, 4], 2))
+    assert [tuple(output.shape) for output in outputs] == [(2, 2)] * 2 + [(5, 2)] * 2
+    assert targets.tolist() == [1, 2, 5, 4]
+
+
+def test_a_loader_without_batches_is_said_and_nothing_is_measured():
+    loop = make_loop(metrics={"accuracy": MulticlassAccuracy(CLASSES)})
+    loop.val_loader = loader(data(0))
+    with pytest.warns(UserWarning, match="nothing to evaluate"):
+        assert "val_loss" not in loop.fit(1)[-1]
+    assert loop.predict(loader(data(0))) == ([], [])
+
+
+class Stream(IterableDataset):
+    """As many samples as there are, which nobody knows beforehand."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        return iter(self.dataset)
+
+
+@pytest.mark.parametrize("length", [{"num_epochs": 2}, {"num_steps": 4}])
+def test_a_stream_without_a_length_trains_as_a_loader_with_one(length):
+    models = []
+    for dataset in Stream(data()), data():
+        model, loop = network(), None
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        loop = TrainLoop(model, DataLoader(dataset, 8), optimizer=optimizer, criterion=nn.CrossEntropyLoss())
+        torch.manual_seed(1)
+        loop.fit(**length)
+        models.append(model)
+    assert same_weights(*models) and not same_weights(models[0], network())
+
+
+def test_an_incomplete_group_at_the_end_of_a_stream_makes_no_step_and_leaves_nothing():
+    seen = []
+
+    class Steps(Callback):
+        def after_step(self, loop):
+            seen.append(loop.stepped)
+
+        def after_epoch(self, loop):
+            assert all(weight.grad is None for weight in loop.model.parameters())
+
+    model = network()
+    loop = TrainLoop(model, DataLoader(Stream(data()), 8), optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+                     criterion=nn.CrossEntropyLoss(), accumulate=2)
+    loop.fit(2, [Steps()])
+    assert seen == [False, True, False] * 2
+
+
+def test_a_frozen_batch_norm_stays_frozen_after_validation():
+    loop = make_loop()
+    loop.model.train()
+    norm = loop.model[1].eval()
+    before = norm.running_mean.clone()
+    loop.fit(2)
+    loop.predict(loop.val_loader)
+    loop.fit(1)
+    assert torch.equal(norm.running_mean, before) and not norm.training
+    loop.step(next(iter(loop.train_loader)))
+    assert not norm.training and loop.model[5].training
+
+
+def test_a_test_loader_is_evaluated_when_training_has_ended():
+    model, test = network(), loader(data(seed=2))
+    loop = TrainLoop(model, loader(data(), shuffle=True), loader(data(seed=1)), test, criterion=nn.CrossEntropyLoss(),
+                     optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
+                     metrics={"accuracy": MulticlassAccuracy(CLASSES)})
+    first, last = loop.fit(2)
+    assert {name: last[f"test_{name}"] for name in ("loss", "accuracy")} == loop.evaluate(test)
+    assert "test_loss" not in first
 
 
 # ---------------------------------------------------------------------------------------------------------- callbacks

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from helpers import storage
+from helpers import storage, training
 from helpers.callbacks import Checkpoint, state_from_safetensors, state_to_safetensors
 from helpers.training import Callback, CancelFit, TrainLoop
 
@@ -172,6 +172,43 @@ def test_fit_for_so_many_steps_ends_within_an_epoch_and_goes_on_from_there():
     assert len(loop.fit(num_steps=13)) == 2 and loop.steps == 13
     loop.fit(num_steps=1)
     assert loop.steps == 14
+
+
+def test_a_scheduler_stays_where_it_is_when_fp16_skips_the_step():
+    class Moves(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def after_step(self, loop):
+            self.seen.append((loop.stepped, loop.scheduler.last_epoch))
+
+    data, model, moves = TensorDataset(100 * noise(24, 5), labels(24)), nn.Linear(5, 3), Moves()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loop = TrainLoop(model, DataLoader(data, 8), optimizer=optimizer, criterion=CRITERION,
+                     scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1000))
+    loop.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=3e38, backoff_factor=1e-9)
+    loop.fit(1, [moves])
+    assert moves.seen == [(False, 0), (True, 1), (True, 2)]
+
+
+def test_only_the_random_state_of_ones_own_gpu_is_kept(monkeypatch):
+    """As on a machine with two GPUs, one of which is this process's; it is continued on a machine without any."""
+    own = torch.arange(16, dtype=torch.uint8)
+    loop, again = trainee(), trainee()
+    loop.fit(1)
+    with monkeypatch.context() as two_gpus:
+        two_gpus.setattr(torch.cuda, "is_available", lambda: True)
+        two_gpus.setattr(torch.cuda, "get_rng_state", lambda *device: own)
+        two_gpus.setattr(torch.cuda, "get_rng_state_all", lambda: [own, own])
+        loop.random = training._random_sources(torch.device("cuda"), loop.train_loader, loop.val_loader)
+        state = state_from_safetensors(state_to_safetensors(loop.state_dict()))
+    [process] = state["processes"]
+    assert torch.equal(process["random"]["cuda"], own)
+    del loop.random["cuda"]
+    loop.fit(1)
+    again.load_state_dict(state)
+    again.fit(1)
+    assert same(loop.model, again.model)
 
 
 def test_bf16_trains_with_weights_in_full_precision():
@@ -368,6 +405,12 @@ def test_two_processes_train_two_adversaries_as_one_with_twice_the_batch(both):
         torch.testing.assert_close(one[name], two[name])
 
 
+def test_two_processes_move_the_schedule_once_a_step_and_predict_in_the_order_of_the_loader(both):
+    one, two = both("done")
+    assert one["moves"] == two["moves"] == 3 * 4  # of a scheduler given to TrainLoop; 8 batches, accumulated by two
+    assert one["predicted"] == two["predicted"] == list(range(41))
+
+
 def test_two_processes_draw_the_same_order_each_its_part_of_it(both):
     assert [values["drawn"] for values in both("done")] == [list(range(44))] * 2
 
@@ -460,12 +503,22 @@ if __name__ == "__main__":
             equal = same(loop.model, whole.model) and outcome(loop)[1] == outcome(whole)[1]
             again[stop] = all(gather_object([equal]))
 
+        layer = nn.Linear(5, 3)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1000)
+        TrainLoop(layer, DataLoader(TensorDataset(noise(64, 5), labels(64)), 4 * factor), optimizer=optimizer,
+                  criterion=CRITERION, scheduler=scheduler, accumulate=2).fit(3)
+        numbers = TensorDataset(noise(41, 5), torch.arange(41))
+        predicted = TrainLoop(layer).predict(DataLoader(numbers, 4 * factor))[1].tolist()
+
         torch.manual_seed(loop.accelerator.process_index)
         loop = TrainLoop(nn.Linear(1, 1), DataLoader(TensorDataset(torch.arange(44.)), 2 * factor, shuffle=True))
         drawn = gather_object([index for batch, in loop.train_loader for index in batch.tolist()])
         if main:
             values = {"train_loss": row["train_loss"], "val_loss": row["val_loss"], "accuracy": row["val_accuracy"],
                       "count": row["val_count"]}
-            Path(folder / "done.json").write_text(json.dumps({"row": values, "again": again, "drawn": sorted(drawn)}))
+            Path(folder / "done.json").write_text(json.dumps({
+                "row": values, "again": again, "drawn": sorted(drawn), "moves": scheduler.last_epoch,
+                "predicted": predicted}))
         loop.accelerator.wait_for_everyone()
         loop.accelerator.end_training()
