@@ -5,8 +5,6 @@ any other place. All of them follow the standard AWS environment, and so do pand
 """
 
 import functools
-import hashlib
-import io
 import itertools
 import json
 import os
@@ -19,20 +17,18 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from shutil import which
-from types import SimpleNamespace
 from urllib.parse import quote, unquote, urlsplit
 
 import boto3
 import botocore.session
 import fsspec
 import obstore
-from boto3.s3.transfer import TransferConfig
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
@@ -44,7 +40,6 @@ from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
 THREADS = 32  # transfers in flight: enough to hide 40 ms a request, few enough for a small server
-PART = 16 * 2**20  # bytes in a part of a large object: S3 takes 10,000 parts, so up to 160 GB
 SILENCE = 60  # seconds without a byte until a connection counts as broken, however long the transfer takes
 SECRET = re.compile("(SECRET|TOKEN|PASSW|PASSPHRASE|API_KEY|KEY$|SMTP_URL|WEBHOOK|DATABASE_URL|CONNECTION_STRING)"
                     "(?!.*_(FILE|PATH|DIR)$)")  # in the name of a variable, unless that says that it holds a path
@@ -417,70 +412,6 @@ def _list_keys(bucket, prefix):
     pages = client(bucket).get_paginator("list_objects_v2")
     pages = pages.paginate(Bucket=bucket, Prefix=f"{prefix}/" if prefix else "")
     return [item for page in pages for item in page.get("Contents", ())]
-
-
-def upload(source, url):
-    """Upload a file, or a folder with all that is in it, under a prefix; what is there unchanged is skipped.
-
-    Returns {"uploaded": n, "skipped": n}.
-    """
-    source = Path(source).expanduser()
-    if not source.exists():
-        raise StorageError(f"There is no {source}: check the path.")
-    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    root = source if source.is_dir() else source.parent
-    return put_all([(path.relative_to(root).as_posix(), path.stat().st_size, functools.partial(open, path, "rb"))
-                    for path in files], url, f"uploading {source.name}")
-
-
-@run_in_first_process
-def put_all(items, url, description):
-    """Put [(name, size, open)] under a prefix, skipping what is there with the same content (by size and MD5).
-
-    Small objects go up 32 at once, then the large ones one after the other, in parts of which 8 go up at once.
-    Returns {"uploaded": n, "skipped": n}.
-    """
-    bucket, prefix = parse(url)
-    there = objects(url)
-    in_parts = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=8)
-    in_parts.max_in_memory_upload_chunks = 8  # boto3 leaves it at 10
-
-    def put(item):
-        name, size, open_source = item
-        key = f"{prefix}/{name}".lstrip("/")
-        with translate_errors(f"{url}/{name}"):
-            with open_source() as source:
-                content = io.BytesIO(source.read()) if size <= PART else source
-                md5, md5_of_parts = etags(content)
-            if name in there and there[name]["size"] == size:
-                same = (there[name]["e_tag"] or "").strip('"') in (md5, md5_of_parts)
-                if same or client(bucket).head_object(Bucket=bucket, Key=key)["Metadata"].get("md5") == md5:
-                    bar.update(size)
-                    return "skipped"
-            metadata = {"Metadata": {"md5": md5}}  # the ETags of an encrypted bucket are no MD5s
-            if size <= PART:  # upload_fileobj takes twice as long for these
-                content.seek(0)
-                client(bucket).put_object(Bucket=bucket, Key=key, Body=content, **metadata)
-                bar.update(size)
-                return "uploaded"
-            with open_source() as source:  # read from first to last: a member of a zip is slow to seek in
-                once = SimpleNamespace(read=source.read)
-                client(bucket).upload_fileobj(once, bucket, key, metadata, bar.update, in_parts)
-            return "uploaded"
-
-    small, large = [item for item in items if item[1] <= PART], [item for item in items if item[1] > PART]
-    with progress(sum(size for _, size, _ in items), description) as bar, ThreadPoolExecutor(THREADS) as pool:
-        counts = Counter(itertools.chain(pool.map(put, small), map(put, large)))
-    return {outcome: counts[outcome] for outcome in ("uploaded", "skipped")}
-
-
-def etags(source):
-    """The ETags that S3 gives to the content of an open file: put in one piece, and in parts."""
-    whole, parts = hashlib.md5(usedforsecurity=False), []
-    while chunk := source.read(PART):
-        whole.update(chunk)
-        parts.append(hashlib.md5(chunk, usedforsecurity=False).digest())
-    return whole.hexdigest(), f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
 # --------------------------------------------------------------------------------------------- files at any URL

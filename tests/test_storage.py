@@ -417,7 +417,7 @@ def test_a_slow_link_is_not_taken_for_a_silent_one(s3, monkeypatch, tmp_path):
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"], speed=4 * MB) as proxy:
         connect({"AWS_ENDPOINT_URL": proxy.url})
         begin, requests = time.monotonic(), proxy.requests
-        storage.upload(tmp_path / "slow", s3)
+        zips.upload(tmp_path / "slow", s3)
         get_with_obstore(f"{s3}/slow")
         assert time.monotonic() - begin > 6 and proxy.requests == requests + 3  # list, put, get: nothing is repeated
 
@@ -442,7 +442,7 @@ def test_https_with_a_certificate_authority_of_ones_own(tmp_path):
             connect(env)
         connect(env, AWS_CA_BUNDLE=str(tmp_path / "authority.pem"))
         url = new_bucket()
-        storage.upload(tmp_path / "pets", url)
+        zips.upload(tmp_path / "pets", url)
         assert list(storage.objects(url)) == storage.list_files(url) == sorted(PETS)
         for get in GETS:
             get(f"{url}/cats/1.png")
@@ -548,7 +548,7 @@ def test_a_bucket_is_deleted_with_its_contents_and_folder_markers(s3):
 
 @both
 def test_2500_objects_are_deleted_in_batches(s3, tmp_path):
-    storage.upload(folder(tmp_path / "many", {f"{i % 7}/{i}": b"x" for i in range(2500)}), s3)
+    zips.upload(folder(tmp_path / "many", {f"{i % 7}/{i}": b"x" for i in range(2500)}), s3)
     server = os.environ["AWS_ENDPOINT_URL"]
     with fault_proxy(server) as proxy:
         connect({"AWS_ENDPOINT_URL": proxy.url})
@@ -571,7 +571,7 @@ def test_delete_takes_only_what_is_under_the_prefix(s3):
 
 def test_a_file_is_uploaded_under_its_name(s3, tmp_path):
     (tmp_path / "one.bin").write_bytes(b"one")
-    assert storage.upload(tmp_path / "one.bin", f"{s3}/files/") == {"uploaded": 1, "skipped": 0}
+    assert zips.upload(tmp_path / "one.bin", f"{s3}/files/") == {"uploaded": 1, "skipped": 0}
     assert content(s3) == digests({"files/one.bin": b"one"})
 
 
@@ -579,7 +579,7 @@ def test_a_folder_is_uploaded_whatever_its_files_are_called(s3, tmp_path):
     names = ["plain", "with space", "größe/日本語 ☃.txt", "a#b", "%41", "a+b", "a&b=c;d", "100%", "quo'te", "tilde~",
              "l" * 200, "/".join("deep" * 3), ".hidden", "question?", "star*", "colon:", "[brackets]{}", "empty"]
     members = {f"sub/{name}": name.encode() if name != "empty" else b"" for name in names}
-    assert storage.upload(folder(tmp_path, members), s3) == {"uploaded": len(names), "skipped": 0}
+    assert zips.upload(folder(tmp_path, members), s3) == {"uploaded": len(names), "skipped": 0}
     assert content(s3) == digests(members)
     assert sorted(storage.objects(s3)) == sorted(members)
 
@@ -588,7 +588,7 @@ def test_a_folder_is_uploaded_whatever_its_files_are_called(s3, tmp_path):
 def test_keys_that_are_no_paths_are_listed_uploaded_and_deleted(s3, tmp_path):
     members = {"cats//1.png": b"1", "cats/./2.png": b"2", "cats/../3.png": b"3", "dogs/1.png": b"4"}
     put(s3, members)
-    storage.upload(folder(tmp_path, {"a\tb": b"5"}), f"{s3}/cats")
+    zips.upload(folder(tmp_path, {"a\tb": b"5"}), f"{s3}/cats")
     assert sorted(storage.objects(s3)) == sorted([*members, "cats/a\tb"])
     assert sorted(storage.objects(f"{s3}/cats")) == ["../3.png", "./2.png", "/1.png", "a\tb"]
     storage.delete(f"{s3}/cats")
@@ -606,10 +606,10 @@ def test_an_object_is_deleted_with_what_lies_under_its_name(s3):
 
 
 def test_uploading_again_puts_only_what_has_changed(s3, tmp_path):
-    storage.upload(folder(tmp_path, PETS), s3)
+    zips.upload(folder(tmp_path, PETS), s3)
     before, changed = listed(s3), PETS | {"cats/2.png": b"CAT TWO", "dogs/2.png": b"new"}
-    assert storage.upload(tmp_path, s3) == {"uploaded": 0, "skipped": 3}
-    assert storage.upload(folder(tmp_path, changed), s3) == {"uploaded": 2, "skipped": 2}
+    assert zips.upload(tmp_path, s3) == {"uploaded": 0, "skipped": 3}
+    assert zips.upload(folder(tmp_path, changed), s3) == {"uploaded": 2, "skipped": 2}
     assert content(s3) == digests(changed)
     assert listed(s3)["cats/1.png"] == before["cats/1.png"]
 
@@ -618,16 +618,16 @@ def test_a_large_file_goes_in_parts_and_is_skipped_the_second_time(s3, tmp_path)
     (tmp_path / "large").write_bytes(random.randbytes(150 * MB))
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         connect({"AWS_ENDPOINT_URL": proxy.url})
-        assert storage.upload(tmp_path, s3) == {"uploaded": 1, "skipped": 0}
+        assert zips.upload(tmp_path, s3) == {"uploaded": 1, "skipped": 0}
         assert proxy.requests > 10
         proxy.requests = 0
-        assert storage.upload(tmp_path, s3) == {"uploaded": 0, "skipped": 1}
+        assert zips.upload(tmp_path, s3) == {"uploaded": 0, "skipped": 1}
         assert proxy.requests == 1
     connect({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.upstream[1]}"})
     assert content(s3) == digests({"large": (tmp_path / "large").read_bytes()})
     with open(tmp_path / "large", "r+b") as file:
         file.write(b"changed")
-    assert storage.upload(tmp_path, s3) == {"uploaded": 1, "skipped": 0}
+    assert zips.upload(tmp_path, s3) == {"uploaded": 1, "skipped": 0}
 
 
 def test_what_is_unchanged_is_skipped_where_etags_are_no_checksums(tmp_path):
@@ -637,11 +637,11 @@ def test_what_is_unchanged_is_skipped_where_etags_are_no_checksums(tmp_path):
         connect(env)
         url = new_bucket()
         for expected in "uploaded", "skipped":
-            assert storage.upload(folder(tmp_path / "pets", members), f"{url}/pets")[expected] == 10
+            assert zips.upload(folder(tmp_path / "pets", members), f"{url}/pets")[expected] == 10
             assert zips.unzip(archive, url)[expected] == 10
             assert zips.split_classes(url) == {"train": 7, "val": 2, "test": 1}
         changed = members | {"cats/000.png": b"CATS 0", "cats/large": random.randbytes(17 * MB)}
-        assert storage.upload(folder(tmp_path / "pets", changed), f"{url}/pets") == {"uploaded": 2, "skipped": 8}
+        assert zips.upload(folder(tmp_path / "pets", changed), f"{url}/pets") == {"uploaded": 2, "skipped": 8}
 
 
 @embedded
@@ -650,8 +650,8 @@ def test_a_file_larger_than_memory_is_uploaded(s3, tmp_path):
         file.truncate(600 * MB)
     code = """
 import sys
-from helpers import storage
-storage.upload(*sys.argv[1:])""" + PEAK
+from helpers.chapters import zips
+zips.upload(*sys.argv[1:])""" + PEAK
     assert int(finish(code, tmp_path / "sparse", s3, env=aws())) < 350
     assert listed(s3)["sparse"][0] == 600 * MB
 
@@ -711,7 +711,7 @@ def test_unzip_again_skips_what_is_there(s3, tmp_path):
 def test_unzip_reads_from_s3_and_writes_nothing_to_the_disk(s3, tmp_path):
     """A file limit of 0 bytes makes every write to a file fail."""
     members = {f"cats/{i}.bin": random.randbytes(size) for i, size in enumerate([10, 1000, MB, 17 * MB])}
-    storage.upload(zipped(tmp_path / "cats.zip", members), f"{s3}/zips")
+    zips.upload(zipped(tmp_path / "cats.zip", members), f"{s3}/zips")
     code = """
 import resource, sys
 from helpers.chapters import zips
@@ -968,13 +968,13 @@ def test_a_setting_that_is_none_is_named(wrong, moto_env):
 def test_a_wrong_key_is_refused(s3, name):
     with refused(os.environ["AWS_ENDPOINT_URL"], "refuses the key", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         connect({name: WRONG})
-    for act in storage.buckets, lambda: storage.objects(s3), lambda: storage.upload(__file__, s3):
+    for act in storage.buckets, lambda: storage.objects(s3), lambda: zips.upload(__file__, s3):
         with refused(os.environ["AWS_ENDPOINT_URL"], "refuses the key"):
             act()
 
 
 @pytest.mark.parametrize("act", [storage.objects, storage.delete, zips.split_classes,
-                                 lambda url: storage.upload(__file__, url),
+                                 lambda url: zips.upload(__file__, url),
                                  lambda url: storage.delete_bucket(storage.parse(url)[0]),
                                  lambda url: zips.unzip(f"{url}/a.zip", url), *GETS])
 def test_a_missing_bucket_is_named(s3, act):
@@ -993,7 +993,7 @@ def test_a_missing_object_is_named(s3, act):
 def test_no_permission(s3, ceph_env):
     put(s3, PETS)
     other_user(ceph_env)
-    for act in (storage.objects, storage.delete, lambda url: storage.upload(__file__, url),
+    for act in (storage.objects, storage.delete, lambda url: zips.upload(__file__, url),
                 lambda url: zips.unzip(f"{url}/cats/1.png", url), *(
                     lambda url, get=get: get(f"{url}/cats/1.png") for get in GETS)):
         with refused(s3, "No permission", os.environ["AWS_ENDPOINT_URL"], "owner"):
@@ -1006,7 +1006,7 @@ def test_no_permission(s3, ceph_env):
 
 @moto
 def test_a_missing_file_is_named(s3, tmp_path):
-    for act in storage.upload, zips.unzip:
+    for act in zips.upload, zips.unzip:
         with refused(str(tmp_path / "missing.zip"), "check the path"):
             act(tmp_path / "missing.zip", s3)
 
@@ -1041,9 +1041,9 @@ def test_everything_gets_through_all_faults_at_once(s3, tmp_path):
     server = os.environ["AWS_ENDPOINT_URL"]
     with fault_proxy(server, **FAULTS) as proxy:
         connect({"AWS_ENDPOINT_URL": proxy.url})
-        storage.upload(folder(tmp_path / "folder", members), f"{s3}/folder")
-        storage.upload(tmp_path / "40", s3)
-        storage.upload(tmp_path / "pets.zip", s3)
+        zips.upload(folder(tmp_path / "folder", members), f"{s3}/folder")
+        zips.upload(tmp_path / "40", s3)
+        zips.upload(tmp_path / "pets.zip", s3)
         zips.unzip(f"{s3}/pets.zip", f"{s3}/pets")
         zips.split_classes(f"{s3}/pets")
         assert proxy.slow_downs and proxy.resets and proxy.copies_refused

@@ -4,6 +4,7 @@
 
 import functools
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -12,11 +13,80 @@ import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
 from helpers import storage
 from helpers.storage import StorageError
+
+PART = 16 * 2**20  # bytes per part of a large object: S3 takes 10,000 parts, so up to 160 GB
+
+
+def compute_etags(source):
+    """The ETags that S3 gives to the content of an open file: put in one piece, and in parts."""
+    whole, parts = hashlib.md5(usedforsecurity=False), []
+    while chunk := source.read(PART):
+        whole.update(chunk)
+        parts.append(hashlib.md5(chunk, usedforsecurity=False).digest())
+    return whole.hexdigest(), f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
+
+def has_content(bucket, key, item, etags):
+    """Whether an object has the content of these ETags. item: of storage.objects."""
+    if (item["e_tag"] or "").strip('"') in etags:
+        return True
+    return storage.client(bucket).head_object(Bucket=bucket, Key=key)["Metadata"].get("md5") == etags[0]
+
+IN_PARTS = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=8)
+IN_PARTS.max_in_memory_upload_chunks = 8  # boto3 leaves it at 10
+
+
+def put_file(bucket, key, size, open_source, old, report):
+    """Put a file of `size` bytes, unless the object `old` has its content: "uploaded" or "skipped". report(bytes)"""
+    s3 = storage.client(bucket)
+    with open_source() as source:
+        content = io.BytesIO(source.read()) if size <= PART else source
+        etags = compute_etags(content)
+    if old and old["size"] == size and has_content(bucket, key, old, etags):
+        report(size)
+        return "skipped"
+    if size <= PART:  # upload_fileobj takes twice as long for these
+        content.seek(0)
+        s3.put_object(Bucket=bucket, Key=key, Body=content, Metadata={"md5": etags[0]})
+        report(size)
+        return "uploaded"
+    with open_source() as source:  # read from first to last: a member of a zip is slow to seek in
+        once = SimpleNamespace(read=source.read)
+        s3.upload_fileobj(once, bucket, key, {"Metadata": {"md5": etags[0]}}, report, IN_PARTS)
+    return "uploaded"
+
+@storage.run_in_first_process
+def put_all(items, url, description):
+    """Put [(name, size, open)] under a prefix: {"uploaded": n, "skipped": n}. What is there unchanged is skipped."""
+    bucket, prefix = storage.parse(url)
+    there = storage.objects(url)
+
+    def put(item):
+        name, size, open_source = item
+        with storage.translate_errors(f"{url}/{name}"):
+            return put_file(bucket, f"{prefix}/{name}".lstrip("/"), size, open_source, there.get(name), bar.update)
+
+    small, large = [item for item in items if item[1] <= PART], [item for item in items if item[1] > PART]
+    total = sum(size for _, size, _ in items)
+    with storage.progress(total, description) as bar, ThreadPoolExecutor(storage.THREADS) as pool:
+        counts = Counter(itertools.chain(pool.map(put, small), map(put, large)))
+    return {outcome: counts[outcome] for outcome in ("uploaded", "skipped")}
+
+def upload(source, url):
+    """Upload a file, or a folder with all that is in it, under a prefix: {"uploaded": n, "skipped": n}."""
+    source = Path(source).expanduser()
+    if not source.exists():
+        raise StorageError(f"There is no {source}: check the path.")
+    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    root = source if source.is_dir() else source.parent
+    return put_all([(path.relative_to(root).as_posix(), path.stat().st_size, functools.partial(open, path, "rb"))
+                    for path in files], url, f"uploading {source.name}")
 
 def check_member(archive, info, max_ratio=100):
     """Raise StorageError for a member that leaves the folder, is encrypted, or grows over `max_ratio` times."""
@@ -100,7 +170,7 @@ def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
         print(f"{Path(archive).name} {'is split already' if layout == 'split' else 'has class folders'}: "
               f"{len(named):,} files, ignored: "
               + (", ".join(f"{count} {kind}" for kind, count in ignored.items() if count) or "nothing"))
-        counts = storage.put_all([(name, info.file_size, functools.partial(zipped.open, info))
+        counts = put_all([(name, info.file_size, functools.partial(zipped.open, info))
                                   for name, info in named.items()], url, f"unzipping {Path(archive).name}")
     return {"layout": layout, **counts, "ignored": ignored.total()}
 
