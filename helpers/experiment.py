@@ -5,10 +5,15 @@ import hashlib
 import io
 import json
 import math
+import os
 import platform
 import re
+import socket
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,11 +22,14 @@ from html import escape
 from importlib.metadata import distributions
 from pathlib import Path
 
+import psutil
 import safetensors.torch
 import torch
 
 from helpers import storage
-from helpers.storage import THREADS, StorageError, broadcast, redact
+from helpers.storage import THREADS, NotFound, StorageError, redact, run_in_first_process
+
+LEASE = 60  # seconds: a process that has not renewed its lease on a run for so long is taken for dead
 
 
 def _load(url):
@@ -91,22 +99,25 @@ class Run:
     plots/, predictions.safetensors, model/ and metrics.json.
 
     `finish` writes manifest.json, the list of them, last: a folder without it was cut off, and the next run with the
-    same hyperparameters continues it. Only the manifest holds times.
+    same hyperparameters and the same code up to here continues it, unless the process that writes it is alive: it
+    keeps a lease.json there as long as it writes. Of the other files only the manifest holds times.
     """
 
     def __init__(self, url, **hyperparameters):
-        url, names = str(url).rstrip("/"), storage.list_files(url)
-        data = json.dumps(hyperparameters, indent=1).encode()
-        runs = [name.split("/")[0] for name in names if name.endswith("/hyperparameters.json") and name.count("/") == 1]
-        cut_off = [run for run in runs if f"{run}/manifest.json" not in names
-                   and _load(f"{url}/{run}/hyperparameters.json") == json.loads(data)]
-        self.started = datetime.now(timezone.utc)
-        self.url = broadcast(f"{url}/{cut_off[-1] if cut_off else self.started.strftime('%Y-%m-%dT%H-%M-%S.%f')}")
-        self._write("hyperparameters.json", data)
+        self.started, self.lock = datetime.now(timezone.utc), threading.Lock()
+        self.finished = self.lost = False  # the lease, to another process
+        data, code = json.dumps(hyperparameters, indent=1).encode(), _code()
+        self.url = _choose(str(url).rstrip("/"), self.started.strftime("%Y-%m-%dT%H-%M-%S.%f"), json.loads(data), code)
+        _write_lease(self.url)
+        if storage.is_first_process():
+            threading.Thread(target=_renew_lease, args=(weakref.ref(self),), daemon=True).start()
         self._write("environment.json", json.dumps(_environment(), indent=1).encode())
-        self._write("code.py", _code())
+        self._write("code.py", code)
+        self._write("hyperparameters.json", data)
 
     def _write(self, name, data):
+        if self.lost:
+            raise StorageError(f"{self.url} was taken over by another process while this one stood still.")
         storage.write(f"{self.url}/{name}", data)
 
     def save_history(self, history, name="history"):
@@ -137,7 +148,66 @@ class Run:
         self._write("code.py", _code())
         self._write("metrics.json", json.dumps(results, indent=1).encode())
         times = {"started": self.started.isoformat(), "finished": datetime.now(timezone.utc).isoformat()}
-        self._write("manifest.json", json.dumps({**times, "files": storage.list_files(self.url)}, indent=1).encode())
+        files = [name for name in storage.list_files(self.url) if name != "lease.json"]
+        self._write("manifest.json", json.dumps({**times, "files": files}, indent=1).encode())
+        with self.lock, suppress(NotFound):  # finished before
+            self.finished = True
+            storage.delete(f"{self.url}/lease.json")
+
+
+@run_in_first_process
+def _choose(url, new, hyperparameters, code):
+    """The URL of the newest run that was cut off and is like this one and not being written, or of a new one."""
+    names = storage.list_files(url)
+    runs = [name.split("/")[0] for name in names if name.endswith("/hyperparameters.json") and name.count("/") == 1]
+    for run in reversed(runs):
+        if (f"{run}/manifest.json" not in names and f"{run}/code.py" in names
+                and _load(f"{url}/{run}/hyperparameters.json") == hyperparameters
+                and storage.read(f"{url}/{run}/code.py") == code and not _is_written(f"{url}/{run}")):
+            lines = storage.read(f"{url}/{run}/history.csv").splitlines() if f"{run}/history.csv" in names else [""]
+            print(f"continuing run {url}/{run}, from epoch {len(lines)}")
+            return f"{url}/{run}"
+    print(f"starting run {url}/{new}")
+    return f"{url}/{new}"
+
+
+def _owner():
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _write_lease(run):
+    storage.write(f"{run}/lease.json", json.dumps({**_owner(), "renewed": time.time()}).encode())
+
+
+def _renew_lease(reference):
+    """Renew a run's lease until the run is finished, another process's, or nobody's any more."""
+    while True:
+        time.sleep(LEASE / 4)
+        if (run := reference()) is None:
+            return
+        with run.lock, suppress(Exception):  # the store may answer the next time
+            if not run.finished:
+                lease = _load(f"{run.url}/lease.json")
+                run.lost = lease != lease | _owner()
+            if run.finished or run.lost:
+                return
+            _write_lease(run.url)
+        del run  # or it would never be nobody's
+
+
+def _is_written(run):
+    """Whether another process is alive that writes this run: one whose lease is renewed."""
+    if "lease.json" not in storage.list_files(run):
+        return False
+    lease = _load(f"{run}/lease.json")
+    if lease["host"] == socket.gethostname() and (lease["pid"] == os.getpid() or not psutil.pid_exists(lease["pid"])):
+        return False
+    print(f"waiting up to {LEASE} s to see whether {lease['host']} still writes {run}")
+    for _ in range(20):
+        time.sleep(LEASE / 20)
+        if "lease.json" not in storage.list_files(run) or _load(f"{run}/lease.json") != lease:
+            return True
+    return False
 
 
 def smaller_is_better(metric):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import datetime, timedelta, timezone
 from html.parser import HTMLParser
@@ -156,6 +157,7 @@ def test_runs_of_another_folder_are_left_alone(url):
 def test_the_newest_of_several_cut_off_runs_is_taken_up():
     for name in "2025-01-01", "2026-01-01":
         storage.write(f"memory://several/{name}/hyperparameters.json", b'{"a": 1}')
+        storage.write(f"memory://several/{name}/code.py", experiment._code())
     assert experiment.Run("memory://several", a=1).url == "memory://several/2026-01-01"
 
 
@@ -175,6 +177,115 @@ def test_times_are_in_the_manifest_in_utc_and_nowhere_else(monkeypatch):
     assert contents[0] == contents[1] and len(contents[0]) == 9
     monkeypatch.undo()
     time.tzset()
+
+
+TWO_TERMINALS = """
+import sys, time
+from helpers import experiment
+experiment.LEASE = 2
+run = experiment.Run(sys.argv[1], epochs=3)  # EDIT
+print(run.url, flush=True)
+if sys.stdin.readline():  # until it is told
+    run.save_history([{"epoch": 1}, {"epoch": 2}])
+print("saved", flush=True)
+if sys.stdin.readline():
+    run.finish({})
+"""
+
+
+class Terminal:
+    """The script in a process of its own."""
+
+    def __init__(self, script, url):
+        self.process = subprocess.Popen([sys.executable, script, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        self.lines = []
+        while not self.lines or " " in self.lines[-1]:  # its last one is the URL
+            self.lines.append(self.process.stdout.readline().strip())
+            assert self.lines[-1]
+        self.url = self.lines[-1]
+
+    def enter(self):
+        print(file=self.process.stdin, flush=True)
+
+    def save(self):
+        self.enter()
+        assert self.process.stdout.readline() == "saved\n"
+
+    def end(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def terminals(tmp_path):
+    script, opened = tmp_path / "train.py", []
+    script.write_text(TWO_TERMINALS)
+
+    def start():
+        opened.append(Terminal(script, f"{tmp_path}/runs"))
+        return opened[-1]
+
+    yield script, start
+    for terminal in opened:
+        terminal.end()
+
+
+def test_a_run_that_is_alive_is_left_alone_and_a_killed_one_is_continued(terminals):
+    _, start = terminals
+    one = start()
+    assert one.lines[0] == f"starting run {one.url}"
+    two = start()
+    assert two.url != one.url and two.lines[-2] == f"starting run {two.url}"
+    one.save()
+    one.end()
+    two.enter()
+    two.enter()
+    two.process.wait(30)  # finished
+    three = start()
+    assert three.lines == [f"continuing run {one.url}, from epoch 3", one.url]
+    assert "lease.json" not in storage.list_files(two.url) and "lease.json" in storage.list_files(one.url)
+
+
+def test_a_run_whose_code_was_edited_is_not_continued(terminals):
+    script, start = terminals
+    one = start()
+    one.end()
+    script.write_text(TWO_TERMINALS.replace("EDIT", "edited"))
+    two = start()
+    assert two.url != one.url and two.lines[0] == f"starting run {two.url}"
+    two.end()
+    script.write_text(TWO_TERMINALS)
+    assert start().lines[0] == f"continuing run {one.url}, from epoch 1"
+
+
+def test_the_lease_of_another_machine_is_watched_until_it_is_renewed_or_has_expired(monkeypatch, capsys):
+    monkeypatch.setattr(experiment, "LEASE", 0.4)
+    lease = {"host": "elsewhere", "pid": os.getpid(), "renewed": 1.0}
+    run = experiment.Run("memory://elsewhere", a=1)
+    with run.lock:
+        run.finished = True  # it renews nothing
+    storage.write(f"{run.url}/lease.json", json.dumps(lease).encode())
+    renewed = json.dumps(lease | {"renewed": 2.0}).encode()
+    threading.Timer(0.1, lambda: storage.write(f"{run.url}/lease.json", renewed)).start()
+    assert experiment.Run("memory://elsewhere", a=1).url != run.url
+    for name in storage.list_files("memory://elsewhere"):
+        if not run.url.endswith(name.split("/")[0]):
+            storage.delete(f"memory://elsewhere/{name}")
+    assert experiment.Run("memory://elsewhere", a=1).url == run.url
+    assert "see whether elsewhere still writes" in capsys.readouterr().out
+
+
+def test_a_process_that_stood_still_for_long_does_not_write_what_another_has_taken_over(monkeypatch):
+    monkeypatch.setattr(experiment, "LEASE", 0.2)
+    run = experiment.Run("memory://asleep", a=1)
+    storage.write(f"{run.url}/lease.json", json.dumps({"host": "elsewhere", "pid": 1, "renewed": 1}).encode())
+    deadline = time.monotonic() + 20
+    while not run.lost and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with pytest.raises(storage.StorageError, match="taken over by another process"):
+        run.save_history([{"epoch": 1}])
+    assert json.loads(storage.read(f"{run.url}/lease.json"))["host"] == "elsewhere"
 
 
 def run_a_script(folder, source, **env):
@@ -267,8 +378,10 @@ def test_a_run_in_a_notebook_keeps_the_cells_that_ran_and_no_output(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
     notebook.cells[1].metadata["tags"] = ["parameters"]
     url = "s3://experiments/notebook"
-    papermill.execute_notebook(notebook, tmp_path / "ran.ipynb", {"rate": 0.5, "url": url}, kernel_name="python3",
-                               language="python", kernel_manager_class=OwnKernel, cwd=ROOT, progress_bar=False)
+    cut_off = nbformat.v4.new_notebook(cells=notebook.cells[:6])  # its run is continued: one folder for both
+    for each in cut_off, notebook:
+        papermill.execute_notebook(each, tmp_path / "ran.ipynb", {"rate": 0.5, "url": url}, kernel_name="python3",
+                                   language="python", kernel_manager_class=OwnKernel, cwd=ROOT, progress_bar=False)
     assert os.environ[SECRET] in (tmp_path / "ran.ipynb").read_text()
     code, = (storage.read(f"{url}/{name}").decode() for name in storage.list_files(url) if name.endswith("/code.py"))
     ast.parse(code)  # magics included
