@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = {"run": "helpers.run", "rent": "helpers.chapters.rent", "bot": "helpers.chapters.bot"}
+COMMANDS = {"run": "helpers.chapters.processes", "rent": "helpers.chapters.rent", "bot": "helpers.chapters.bot"}
 
 if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
     sys.exit(__doc__)

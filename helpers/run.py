@@ -2,8 +2,7 @@
 
     python -m helpers run                       every notebook of notebooks/
     python -m helpers run 02 03 -p epochs 3     some of them, with another value for a parameter
-    python -m helpers run 02 --processes 2      on several processes, by torchrun
-    python -m helpers run 02 --nodes 2 --node-rank 0 --rendezvous 10.0.0.1:29500    on several machines
+    python -m helpers run 02 --processes 2      on several processes; notebook 09 explains how
 
 Executed notebooks, their HTML and an index.html go to runs/{date_time}/, or to the folder or URL of --output. A
 notebook that fails does not stop the next one. Exit code: 0 when all succeeded, 1 when one failed, 2 for a notebook or
@@ -14,16 +13,13 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
-import json
 import logging
 import os
 import platform
 import re
 import signal
 import sys
-import tempfile
 import textwrap
-import threading
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -256,71 +252,6 @@ def render_index(outcomes, total):
     return template.render(outcomes=outcomes, total=total, facts=facts, format_duration=format_duration)
 
 
-def run_on_processes(notebook, target, parameters, *, processes=1, nodes=1, node_rank=0, rendezvous=None):
-    """Like run_papermill, on several processes started by torchrun. Raises RunError with the error that came first.
-
-    Each process executes the whole notebook in a kernel of its own; TrainLoop divides the batches among them, and only
-    the first one changes the store (see storage.run_in_first_process). processes: on this machine; 0 is one for each
-    GPU. On several machines the same is started on each, with its node_rank, the rendezvous (host:port of the first)
-    and an S3 that all of them reach.
-    """
-    import torch  # here: the processes, which import this module too, do without
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    processes = processes or torch.cuda.device_count() or 1
-    cores = getattr(os, "process_cpu_count", os.cpu_count)()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    host, _, port = (rendezvous or "").rpartition(":")
-    place = ["--standalone"] if nodes == 1 else [
-        f"--nnodes={nodes}", f"--node-rank={node_rank}", f"--master-addr={host}", f"--master-port={port}"]
-    code = "import json, sys; from helpers import run; run.run_process(**json.loads(sys.argv[1]))"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
-    print(f"{processes} processes on {device}", flush=True)
-    logging.disable()  # the error is reported below
-    with tempfile.TemporaryDirectory() as errors:
-        job = json.dumps(dict(notebook=str(notebook), target=target, parameters=parameters, errors=errors))
-        command = [*place, f"--nproc-per-node={processes}", "--no-python", sys.executable, "-c", code, job]
-        try:
-            torchrun.run(torchrun.parse_args(command))
-        except ChildFailedError as error:
-            messages = [path.read_text() for path in sorted(Path(errors).iterdir())]  # the first error comes first; but
-            messages.sort(key=lambda text: "closed by peer" in text)  # others may notice before that process ended
-            rank, failure = error.get_first_failure()
-            raise RunError(messages[0] if messages else f"process {rank}: ended with exit code {failure.exitcode} "
-                           "(-9: killed, often for lack of memory)") from None
-        except SignalException:
-            raise KeyboardInterrupt from None
-        finally:
-            logging.disable(logging.NOTSET)
-            for number in (signal.SIGINT, signal.SIGTERM):  # torchrun leaves its own handlers
-                signal.signal(number, signal.default_int_handler)
-
-
-def run_process(notebook, target, parameters, errors):
-    """One of the processes that torchrun starts. An error goes to a file in the folder `errors`, named by the time."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(143))  # an exception: papermill then ends its kernel
-    logging.disable()
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    rank = int(os.environ["RANK"])
-    try:
-        run_papermill(notebook, None if rank else target, parameters)
-    except Exception as error:
-        place = f"In [{error.exec_count}]: " if hasattr(error, "exec_count") else ""
-        Path(errors, str(time.time_ns())).write_text(f"process {rank}: {place}{describe_error(error)[0]}")
-        sys.exit(1)
-
-
-def end_with_parent(parent):
-    """End this process when torchrun was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def pick(picks):
     """The notebooks meant by numbers, names, paths or URLs; all of notebooks/ when nothing is picked."""
     known = sorted(str(path) for path in Path("notebooks").resolve().glob("[0-9][0-9]_*.ipynb"))
@@ -350,33 +281,26 @@ def parse_value(text):
     return text
 
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(prog="python -m helpers run", description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", help="numbers, names, paths or s3:// URLs; all of notebooks/ without")
     parser.add_argument("-p", nargs=2, action="append", default=[], dest="parameters", metavar=("NAME", "VALUE"),
                         help="a parameter, for each of these notebooks that has it")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="0: one for each GPU")
     parser.add_argument("-o", "--output", help="folder or s3:// URL for the results; by default in runs/")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that run this together")
-    parser.add_argument("--node-rank", type=int, default=0, metavar="I", help="of this machine, from 0")
-    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="of the first machine")
+    return parser
+
+
+def main(argv=None, parser=None, prepare=None):
+    """The command line. prepare: a function of the parsed options that returns others for `run_notebooks`."""
+    parser = parser or make_parser()
     given = parser.parse_intermixed_args(argv)
-    if (given.nodes > 1) != bool(given.rendezvous) or not 0 <= given.node_rank < given.nodes:
-        parser.error("several nodes take --nodes N, --rendezvous HOST:PORT of the first, and --node-rank below N")
-    if given.processes < 0:
-        parser.error(f"--processes is 0 or more, not {given.processes}")
-    execute = run_papermill
-    if given.processes != 1 or given.nodes > 1:
-        execute = functools.partial(run_on_processes, processes=given.processes, nodes=given.nodes,
-                                    node_rank=given.node_rank, rendezvous=given.rendezvous)
     for chatty in ("papermill", "traitlets"):  # what they would log, run_notebooks() prints
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: kernels are ended, results are written
     try:
-        notebooks = pick(given.notebooks)
         parameters = {name: parse_value(value) for name, value in given.parameters}
-        output = given.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
-        outcomes = run_notebooks(notebooks, parameters, None if given.node_rank else output, execute)
+        options = dict(output=given.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+        outcomes = run_notebooks(pick(given.notebooks), parameters, **options | (prepare(given) if prepare else {}))
     except ValueError as error:
         parser.error(str(error))
     except storage.StorageError as error:

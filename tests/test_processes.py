@@ -17,6 +17,7 @@ import torch
 from servers import free_port
 
 from helpers import experiment, run, storage
+from helpers.chapters import processes
 from test_run import SECRET, outputs_of, write
 
 
@@ -300,7 +301,7 @@ def test_wrong_words_are_told_in_a_sentence_and_start_nothing(words, sentence, t
     monkeypatch.setattr(storage, "connect", lambda: None)
     write(tmp_path, "meet.ipynb", *MEET)
     with pytest.raises(SystemExit) as stopped:
-        run.main(["meet.ipynb", *words])
+        processes.main(["meet.ipynb", *words])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and sentence in said.splitlines(True)[-1] and "Traceback" not in said
     assert [path.name for path in tmp_path.rglob("*")] == ["meet.ipynb"]
