@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import uuid
 import warnings
 import zlib
@@ -96,12 +97,14 @@ class S3ImageFolder(Dataset):
 
     on_error: "raise" a StorageError that names the object, or "skip": put the next image of the same class in its
         place, warn, and note it in `skipped` ({url: reason}; a worker's are its own, but its warnings are seen).
+    classes: those of the training set, so that validation and test data number theirs alike; by default the folders.
     cache_dir: a local folder that keeps what was read, up to `cache_bytes`, for later epochs, runs and processes.
-    Raises StorageError when there is no class folder with images. Other files are counted in `ignored`.
+    Raises StorageError when there is no class folder with images, or one that is not in classes. Other files are
+    counted in `ignored`.
     """
 
     def __init__(self, root, transform=None, target_transform=None, loader=decode, on_error="raise", cache_dir=None,
-                 cache_bytes=20 * 2**30):
+                 cache_bytes=20 * 2**30, classes=None):
         if on_error not in ("raise", "skip"):
             raise ValueError(f'on_error is "raise" or "skip", not {on_error!r}')
         self.root, self.transform, self.target_transform = str(root).rstrip("/"), transform, target_transform
@@ -113,7 +116,12 @@ class S3ImageFolder(Dataset):
             raise storage.StorageError(f"There are no class folders with images under {self.root}: put some there with "
                                        "notebook 01 (make run NOTEBOOKS=01), or check the name.")
         self.ignored = len(spans) - len(names)
-        self.classes = sorted({name.split("/")[0] for name in names})
+        found = sorted({name.split("/")[0] for name in names})
+        self.classes = list(classes or found)
+        if unknown := ", ".join(name for name in found if name not in self.classes):
+            raise storage.StorageError(f"{self.root} has classes that are not among those given: {unknown}.")
+        if missing := ", ".join(name for name in self.classes if name not in found):
+            warnings.warn(f"{self.root} has no images of: {missing}", stacklevel=2)
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
         self.samples = [(f"{self.root}/{name}", self.class_to_idx[name.split("/")[0]]) for name in names]
         self.targets = [target for _, target in self.samples]
@@ -174,10 +182,9 @@ class S3ImageFolder(Dataset):
         cache, memory = self._open_cache(), self._memory or ()
         here = {index for index in new if index in memory or cache and cache.has(self.samples[index][0])}
         requests = self.group([index for index in new if index not in here])
-        waited_for = set(batches[0])  # these come first, each with a thread of its own
-        first = [request for request in requests if not waited_for.isdisjoint(request)]
-        later = [request for request in requests if waited_for.isdisjoint(request)]
-        for task in (*chunks(first, 1), *chunks(later, 1 if self.shards else CHUNK)):
+        now = set(batches[0])
+        urgent = sum(not now.isdisjoint(request) for request in requests)  # each has a thread of its own
+        for task in (*chunks(requests[:urgent], 1), *chunks(requests[urgent:], 1 if self.shards else CHUNK)):
             future = threads("fetch", THREADS).submit(self._fetch, task)
             prefetch.fetching |= dict.fromkeys(itertools.chain(*task), future)
 
@@ -202,12 +209,13 @@ class S3ImageFolder(Dataset):
             spans = [self.spans[index] for index in request]
             start, end = (spans[0].first, spans[-1].last) if self.shards else (0, None)  # an object may have grown
             try:
+                if ended.is_set():
+                    raise OSError("the program has ended")
                 data = fetch(spans[0].object, start, end)
+                parts = [data[span.first - start:span.last - start] for span in spans] if self.shards else [data]
             except OSError as error:
-                received |= dict.fromkeys(request, error)
-                continue
-            for index, span in zip(request, spans):
-                received[index] = data[span.first - start:span.last - start] if self.shards else data
+                parts = [error] * len(request)
+            received |= zip(request, parts)
         return received
 
     def _load_all(self, fetching):
@@ -276,13 +284,13 @@ def fetch(url, first=0, last=None):
     with storage.translate_errors(url):
         if last is None:
             return bytes(obstore.get(storage.store(bucket), key).bytes())  # obstore's own bytes lack most methods
-        if bucket not in _without_206:
-            try:
+        try:
+            if bucket not in _without_206:
                 return bytes(obstore.get_range(storage.store(bucket), key, start=first, end=last))
-            except GenericError as error:
-                if "non-partial" not in str(error):
-                    raise
-                _without_206.add(bucket)
+        except GenericError as error:
+            if "non-partial" not in str(error):
+                raise
+            _without_206.add(bucket)
         span = {"Bucket": bucket, "Key": key, "Range": f"bytes={first}-{last - 1}"}
         data = storage.retry(lambda: storage.client(bucket).get_object(**span)["Body"].read())
         if len(data) != last - first:
@@ -291,9 +299,6 @@ def fetch(url, first=0, last=None):
 
 
 _without_206 = set()  # buckets of a server that gives a range with status 200, as rclone does; obstore refuses that
-
-
-# --------------------------------------------------------------------------------------------------------- loader
 
 
 def loader(dataset, batch_size, shuffle=False, num_workers=0, seed=0, **options):
@@ -312,8 +317,8 @@ def loader(dataset, batch_size, shuffle=False, num_workers=0, seed=0, **options)
     batches = dict(batch_size=batch_size, sampler=order)
     if isinstance(dataset, S3ImageFolder):
         order = options.pop("sampler", order or SequentialSampler(dataset))
-        drop_last = options.pop("drop_last", False)
-        batches = dict(batch_sampler=AnnouncedBatches(order, batch_size, drop_last, num_workers))
+        batches = dict(batch_sampler=AnnouncedBatches(order, batch_size, options.pop("drop_last", False)))
+        batches["batch_sampler"].num_workers = num_workers
     return DataLoader(dataset, **batches, num_workers=num_workers, generator=torch.Generator().manual_seed(seed),
                       **workers, **options)
 
@@ -326,9 +331,7 @@ def _start_worker(environment, worker):
 class AnnouncedBatches(BatchSampler):
     """PyTorch's batches of indices, each of which knows which come after it: batch.ahead, and its epoch's Prefetch."""
 
-    def __init__(self, sampler, batch_size, drop_last, num_workers):
-        super().__init__(sampler, batch_size, drop_last)
-        self.num_workers = num_workers
+    num_workers = 0
 
     def __iter__(self):
         prefetch, batches = Prefetch(), super().__iter__()
@@ -383,11 +386,8 @@ def threads(name, count):
     return ThreadPoolExecutor(count, thread_name_prefix=name)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=threads.cache_clear)  # threads do not survive a fork
-
-
-# ---------------------------------------------------------------------------------------------------------- cache
+ended = threading.Event()
+threading._register_atexit(ended.set)  # atexit itself comes only after all that waits in a ThreadPoolExecutor is done
 
 
 class Cache:

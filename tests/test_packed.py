@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import secrets
+import subprocess
 import sys
 import tarfile
 import threading
@@ -470,6 +471,18 @@ def test_packing_that_was_killed_at_the_very_end_leaves_no_pieces_when_it_is_run
     assert contents(fresh) == contents("photos-packed")
 
 
+def test_shards_that_killed_packing_with_other_settings_left_do_not_stay(fresh):
+    with wire() as proxy:
+        proxy.hold = lambda method, path: path.startswith(f"{fresh}/index/")
+        process = start(pack_shards, "s3://pictures/photos", f"s3://pictures/{fresh}")
+        until(lambda: len(proxy.held) == pack.SHARDS, "as many shards as are written at once")
+        process.kill()
+        process.join(20)
+    assert len(storage.objects(f"s3://pictures/{fresh}")) == pack.SHARDS
+    pack.pack("s3://pictures/photos", f"s3://pictures/{fresh}")
+    assert list(storage.objects(f"s3://pictures/{fresh}")) == ["index.json", "shard-000000.tar"]
+
+
 def test_packing_again_writes_nothing(packed):
     with wire() as proxy:
         assert pack.pack("s3://pictures/photos", shard_bytes=SHARD) == packed
@@ -636,6 +649,45 @@ def test_two_loaders_of_one_folder_can_be_used_in_turns(packed):
         assert sum((b for _, b in mixed), []) == [expected[index] for index in order[:40]]
 
 
+def test_loaders_in_turns_over_one_folder_keep_what_each_has_asked_for():
+    folder = raw("s3://pictures/photos")
+    with wire() as proxy:
+        for _ in zip(images.loader(folder, 4, shuffle=True), images.loader(folder, 4, shuffle=True, seed=1)):
+            pass
+        assert set(Counter(path for path, _ in proxy.gets("photos")).values()) == {2}
+
+
+@pytest.mark.parametrize("name", ["photos", "photos-packed"])
+def test_threads_with_loaders_over_one_folder_do_not_disturb_each_other(packed, name):
+    folder = raw(f"s3://pictures/{name}")
+    expected = plain(folder, range(60))
+
+    def read(seed):
+        order = list(RandomSampler(folder, generator=torch.Generator().manual_seed(seed)))
+        return items(images.loader(folder, 4, shuffle=True, seed=seed)) == [expected[index] for index in order]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(read, range(9)))
+
+
+def test_when_the_program_ends_only_what_is_in_flight_is_waited_for():
+    done = subprocess.run([sys.executable, "-c", """
+import time
+from helpers import images, storage
+
+def fetch(url, *span):
+    print(end="x", flush=True)
+    time.sleep(0.3)
+    raise storage.StorageError("Nothing answers")
+
+images.fetch = fetch
+storage.connect()
+next(iter(images.loader(images.S3ImageFolder("s3://pictures/thousand", loader=bytes), 8)))
+"""], cwd=storage.REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert "Nothing answers" in done.stderr and done.returncode == 1
+    assert images.THREADS <= done.stdout.count("x") <= 2 * images.THREADS + 8  # and those begun before the error was seen
+
+
 def test_the_order_of_a_seed_is_the_one_that_pytorch_gives_it():
     folder = raw("s3://pictures/photos")
     ours = images.loader(folder, 7, shuffle=True, seed=5)
@@ -687,7 +739,8 @@ def test_several_threads_can_read_images_of_one_folder():
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("batch_size, length", [(4, 50), (3000, 30_000)])
 def test_what_a_batch_says_comes_next_is_what_comes_next_for_its_worker(workers, batch_size, length):
-    batches = images.AnnouncedBatches(RandomSampler(range(length)), batch_size, False, workers)
+    batches = images.AnnouncedBatches(RandomSampler(range(length)), batch_size, False)
+    batches.num_workers = workers
     readers, passes = max(workers, 1), set()
     for epoch in range(2):
         seen = list(batches)

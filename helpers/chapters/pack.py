@@ -88,13 +88,14 @@ class Packing:
         if not names:
             raise storage.StorageError(f"There are no class folders with images under {url}: check the name.")
         self.classes = sorted({name.split("/")[0] for name in names})
+        self.names = [f"shard-{number:06}.tar" for number in range(len(self.shards))]
         self.firsts = list(itertools.accumulate(map(len, self.shards), initial=0))
         content = "".join(f"{name} {self.source[name]['e_tag']} {self.source[name]['size']}\n" for name in names)
         self.plan = {"images": hashlib.sha256(content.encode()).hexdigest(), "shard_bytes": shard_bytes, "seed": seed}
 
     def write(self, number):
         """Write a shard and its piece of the index, if they are not there; the rows of the index."""
-        shard, piece = f"shard-{number:06}.tar", f"index/{number:06}.json"
+        shard, piece = self.names[number], f"index/{number:06}.json"
         if shard in self.there and piece in self.there:
             return self.read(piece)["samples"]
         names = self.shards[number]
@@ -104,6 +105,11 @@ class Packing:
         put_verified(f"{self.packed_url}/{shard}", tar)
         put_verified(f"{self.packed_url}/{piece}", json.dumps({**self.plan, "samples": rows}).encode())
         return rows
+
+    def remove_stale(self):
+        """Delete the shards of a pack with other settings that was cut off: WebDataset would read them, too."""
+        for name in {name for name in self.there if name.startswith("shard-")} - {*self.names}:
+            storage.delete(f"{self.packed_url}/{name}")
 
     def read(self, name):
         """A record that is there. Raises StorageError when it is of other images or settings."""
@@ -124,13 +130,12 @@ def pack(url, packed_url=None, shard_bytes=64 * 2**20, seed=0):
     if images.INDEX in packing.there:
         packing.read(images.INDEX)
     else:
-        count = len(packing.shards)
         with storage.progress(packing.firsts[-1], f"packing {url}", "image") as bar, ThreadPoolExecutor(SHARDS) as pool:
-            for part in pool.map(packing.write, range(count)):
+            for part in pool.map(packing.write, range(len(packing.shards))):
                 rows += part
                 bar.update(len(part))
-        index = {**packing.plan, "classes": packing.classes, "samples": rows,
-                 "shards": [f"shard-{number:06}.tar" for number in range(count)]}
+        packing.remove_stale()
+        index = {**packing.plan, "classes": packing.classes, "shards": packing.names, "samples": rows}
         put_verified(f"{packed_url}/{images.INDEX}", json.dumps(index).encode())
     if rows or any(name.startswith("index/") for name in packing.there):
         storage.delete(f"{packed_url}/index")
