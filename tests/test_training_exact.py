@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers import storage, training
 from helpers.callbacks import Checkpoint, state_from_safetensors, state_to_safetensors
@@ -71,6 +71,8 @@ def test_an_lstm_classifier_trains_to_the_weights_of_a_plain_loop():
 
 
 def test_a_model_of_transformers_trains_by_the_loss_it_returns():
+    from transformers import GPT2Config, GPT2LMHeadModel  # here: the processes that are killed do without
+
     tokens = torch.randint(50, (12, 7), generator=torch.Generator().manual_seed(0))
     batches = DataLoader([{"input_ids": row, "labels": row} for row in tokens], 4)
     config, models = GPT2Config(vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2,
@@ -318,17 +320,20 @@ def test_training_killed_again_and_again_ends_as_if_it_had_not(place, tmp_path):
         url, environment = "s3://killed/checkpoints", storage.serve(tmp_path / "s3")
         (tmp_path / "s3/killed").mkdir()
     deaths, wait = 0, random.Random(0)
-    while True:
-        process = subprocess.Popen([sys.executable, __file__, "train", url, str(tmp_path)], stdout=subprocess.PIPE,
-                                   text=True, env={**os.environ, **environment})
-        process.stdout.readline()  # it begins to train
-        time.sleep(wait.uniform(0.02, 0.25))
-        if deaths < 3:
-            process.send_signal(signal.SIGKILL)
-        if process.wait(60) == 0:
-            break
-        assert process.returncode == -signal.SIGKILL
-        deaths += 1
+    with subprocess.Popen([sys.executable, __file__, "train", url, str(tmp_path)], stdin=subprocess.PIPE, text=True,
+                          stdout=subprocess.PIPE, env={**os.environ, **environment}) as trainer:
+        while True:
+            print(file=trainer.stdin, flush=True)
+            pid = int(trainer.stdout.readline())  # of a process that begins to train
+            time.sleep(wait.uniform(0.01, 0.08))
+            if deaths < 5:
+                with suppress(ProcessLookupError):  # it was done before
+                    os.kill(pid, signal.SIGKILL)
+            if (code := int(trainer.stdout.readline())) == 0:
+                break
+            assert code == -signal.SIGKILL
+            deaths += 1
+        trainer.stdin.close()
     assert deaths > 1
     weights = load_file(tmp_path / "weights.safetensors")
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.model.state_dict().items())
@@ -448,14 +453,20 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if mode == "train":
         url, folder = arguments[0], Path(arguments[1])
-        if url.startswith("s3://"):
-            storage.connect()
-        loop = trainee()
-        print("training", flush=True)
-        loop.fit(4, [Checkpoint(url, every=1)])
-        model, history = outcome(loop)
-        save_file(model.state_dict(), folder / "weights.safetensors")
-        (folder / "history.json").write_text(json.dumps(history))
+        for _ in sys.stdin:  # a process for each line, which has imported everything; says its number and how it ended
+            if pid := os.fork():
+                print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+                continue
+            output, sys.stdout = sys.stdout, sys.stderr  # for the progress bar
+            if url.startswith("s3://"):
+                storage.connect()
+            loop = trainee()
+            print(os.getpid(), file=output, flush=True)
+            loop.fit(4, [Checkpoint(url, every=1)])
+            model, history = outcome(loop)
+            save_file(model.state_dict(), folder / "weights.safetensors")
+            (folder / "history.json").write_text(json.dumps(history))
+            os._exit(0)
     else:
         factor, folder = int(arguments[0]), Path(arguments[1])
         folder.mkdir(exist_ok=True)
