@@ -163,12 +163,12 @@ class S3ImageFolder(Dataset):
         return items
 
     def _fetch_ahead(self, prefetch, batches):
-        """Ask for the images of a batch and of those after it, again when half of what was asked for is in use.
+        """Ask for the images of a batch and of those after it.
 
-        Of loose objects as many as keep all threads at work. Of shards as many as memory may hold, thousands, so that
-        many of them lie close together though their order is random.
+        Of loose objects as many as keep all threads at work. Of shards as many as memory may hold, thousands, and again
+        when half of them are used, so that many of them lie close together though their order is random.
         """
-        if len(prefetch.fetching) + len(prefetch.decoding) > prefetch.enough:
+        if self.shards and len(prefetch.fetching) + len(prefetch.decoding) > prefetch.enough:
             return
         wanted, held = {}, 0
         for number, batch in enumerate(batches):

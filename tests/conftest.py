@@ -23,6 +23,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What was left out, and how to have it, in a line each: a run without Ceph is not taken for one with it."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    for reason in sorted({str(report.longrepr[2]) for report in skipped}):
+        count = sum(str(report.longrepr[2]) == reason for report in skipped)
+        terminalreporter.write_line(f"left out: {count} tests, {reason.removeprefix('Skipped: ')}")
+    if any("not installed here" in str(report.longrepr[2]) for report in skipped):
+        terminalreporter.write_line("to have those: .ci/run installs what they need (Debian's packages)")
+
+
 @pytest.fixture(scope="session")
 def moto_env(tmp_path_factory):
     """The environment variables of a running moto."""

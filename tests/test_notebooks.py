@@ -75,6 +75,7 @@ def test_from_a_zip_to_predictions(server, request, tmp_path, bucket, every):
         if server == "embedded":  # with the parameters as they stand
             assert (results["objects"], results["train"], results["val"], results["test"]) == (1201, 420, 90, 90)
             assert min(results["val_accuracy"], results["test_accuracy"], results["test_macro_f1"]) > 0.75
+            assert results["loader_speedup_over_naive"] > 1.5, "six times is usual"
 
         names = contents(bucket)
         for part in ("hyperparameters.json", "history.csv", "metrics.json", "manifest.json", "code.py", "plots/curves.png",

@@ -33,7 +33,7 @@ from helpers.chapters.recipes import (ConstantPrediction, DryRun, GradientStatis
                                       TerminateOnNaN)
 from helpers.run import run_notebooks
 from helpers.training import Callback, TrainLoop
-from servers import free_port
+from servers import free_port, moto
 from servers.embedded import connected
 from test_callbacks import LAST, Call, at, batches, cancel, fail, logged, make_loop, picture, raises, rows_of
 
@@ -243,14 +243,14 @@ def test_a_mail_tells_how_training_ended(safety, login, certified, monkeypatch):
          "Training failed after 3 steps: ZeroDivisionError: on purpose")]
 
 
-def test_a_mail_goes_through_amazon_ses_without_an_smtp_url(moto_env, monkeypatch):
+def test_a_mail_goes_through_amazon_ses_without_an_smtp_url(tmp_path, monkeypatch):
     monkeypatch.delenv("SMTP_URL", raising=False)
-    with connected(moto_env):
+    with moto.moto(tmp_path) as environment, connected(environment):  # its own: it lists all that it holds as JSON
         with pytest.warns(UserWarning, match="was not sent: MessageRejected: .*not verified"):
             assert len(make_loop().fit(1, [Notify("bob@x.org")])) == 1
         boto3.client("ses").verify_email_identity(EmailAddress="bob@x.org")
         make_loop().fit(1, [Notify("ann@x.org", "Leaves", sender="bob@x.org")])
-        with urllib.request.urlopen(moto_env["AWS_ENDPOINT_URL"] + "/moto-api/data.json") as answer:
+        with urllib.request.urlopen(environment["AWS_ENDPOINT_URL"] + "/moto-api/data.json") as answer:
             [mail] = json.load(answer)["ses"]["Message"]
     assert (mail["source"], mail["destinations"]["ToAddresses"]) == ("bob@x.org", ["ann@x.org"])
     assert mail["subject"] == "Leaves ended after 5 steps" and mail["body"].startswith(mail["subject"] + ": epoch 1, ")
