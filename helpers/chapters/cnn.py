@@ -26,7 +26,8 @@ def build(architecture, num_classes):
 
     names = models.list_models(models)  # those for classification
     if architecture not in names:
-        raise ValueError(f"architecture {architecture!r} is neither small_cnn nor one of torchvision's: {', '.join(names)}")
+        raise ValueError(f"architecture {architecture!r} is neither small_cnn nor one of torchvision's: "
+                         + ", ".join(names))
     return models.get_model(architecture, weights=None, num_classes=num_classes)
 
 def load_model(url):

@@ -115,8 +115,8 @@ class Packing:
         """A record that is there. Raises StorageError when it is of other images or settings."""
         record = json.loads(images.fetch(f"{self.packed_url}/{name}"))
         if any(record.get(key) != value for key, value in self.plan.items()):
-            raise storage.StorageError(f"{self.packed_url} holds a pack of other images, or with other settings: delete "
-                                       f"it (storage.delete({self.packed_url!r})), or use another packed_url.")
+            raise storage.StorageError(f"{self.packed_url} holds a pack of other images, or with other settings: "
+                                       f"delete it (storage.delete({self.packed_url!r})), or use another packed_url.")
         return record
 
 def pack(url, packed_url=None, shard_bytes=64 * 2**20, seed=0):
