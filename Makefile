@@ -31,6 +31,7 @@ export: setup
 # mosaicml-streaming asks for numpy < 2.2 and transformers < 5 and works with later ones: without its dependencies, but
 # for what it imports.
 bench: setup
+	$(BIN)/python -m pip install --no-deps --progress-bar off -r requirements-bench.lock
 	$(BIN)/python -m pip install --no-deps --progress-bar off mosaicml-streaming==0.13.0 brotli==1.2.1 catalogue==2.0.10 \
 		cramjam==2.14.0 python-snappy==0.7.3 xxhash==4.1.0 zstd==1.5.7.2
 	$(BIN)/python -m helpers run 10 $(ARGS)
@@ -38,7 +39,11 @@ bench: setup
 clean:
 	rm -rf $(VENV) runs .s3 .pytest_cache *.egg-info helpers/__pycache__ helpers/chapters/__pycache__ tests/__pycache__
 
-# Needs uv (any way you like: pipx install uv). The command is the lock's first line.
-LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --no-annotate --no-header --quiet
+# Needs uv (any way you like: pipx install uv). The command is each lock's first line. What a newcomer does not need, the
+# libraries that are compared and the optional tracker, is in a lock of its own: what these add to the first.
+LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 --no-annotate --no-header --quiet
+SETUP := $(LOCK) --extra dev --extra gcs --extra lora --extra tensorboard --extra test
+BENCH := $(LOCK) --constraints requirements.lock --extra bench --extra track
 lock:
-	(echo "# $(LOCK)"; $(LOCK)) > requirements.new && mv requirements.new requirements.lock
+	(echo "# $(SETUP)"; $(SETUP)) > requirements.new && mv requirements.new requirements.lock
+	(echo "# $(BENCH)"; $(BENCH) | grep -vxFf requirements.lock) > requirements.new && mv requirements.new requirements-bench.lock

@@ -57,22 +57,36 @@ class Span(NamedTuple):
     version: object  # CRC-32 of an image in a shard; ETag or date of an object
 
 
-def decode(data, size=None):
+def decode(data, size=None, resize=None, squash=False):
     """Decode an encoded image (JPEG, PNG, WebP, BMP, …; grey, alpha or 16 bits too) to RGB: (3, H, W) uint8 tensor.
 
-    size: pixels; the image is resized to size x size, so that images of any size fit one batch.
+    size: pixels; the middle size x size of the image, whose shorter side is scaled to `resize` pixels (by default size
+        as well), so that images of any shape fit one batch and keep their proportions.
+    squash: scale both sides to size instead.
     Raises ValueError for what is not an image.
     """
+    shorter = size if squash else resize or size
     try:
-        reduced = choose_reduction(data, size) if size else 0
+        reduced = choose_reduction(data, shorter) if size else 0
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | reduced) if len(data) else None
     except cv2.error:
         image = None
     if image is None:
         raise ValueError("not an image that OpenCV can decode")
-    if size and image.shape[:2] != (size, size):
-        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+    if size:
+        image = fit(image, size, shorter, squash)
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def fit(image, size, shorter, squash):
+    """(H, W, 3) -> (size, size, 3): the middle of the image scaled to `shorter`, or all of it squashed."""
+    height, width = image.shape[:2]
+    scale = shorter / min(height, width)
+    to = (size, size) if squash else (max(round(width * scale), size), max(round(height * scale), size))
+    if to != (width, height):
+        image = cv2.resize(image, to, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    top, left = (to[1] - size) // 2, (to[0] - size) // 2
+    return image[top:top + size, left:left + size]
 
 
 def choose_reduction(data, size):

@@ -30,6 +30,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 from servers import wait_until
 from servers.embedded import connected
 from servers.fault_proxy import Connection, FaultProxy, fault_proxy
@@ -980,7 +981,7 @@ def in_full(data, size):
 
 def distance(data, size):
     """The mean difference from that."""
-    image = images.decode(data, size=size)
+    image = images.decode(data, size=size, squash=True)
     assert image.shape == (3, size, size) and image.dtype == torch.uint8 and image.is_contiguous()
     return np.abs(image.permute(1, 2, 0).numpy() - in_full(data, size)).mean()
 
@@ -1014,6 +1015,21 @@ def test_a_jpeg_is_never_decoded_smaller_than_what_is_wanted(scale):
         assert min(small.shape[:2]) == wanted - 8 // scale
         small = cv2.resize(small, (wanted, wanted), interpolation=cv2.INTER_AREA)
         assert distance(data, wanted) < 0.6 * np.abs(small - in_full(data, wanted)).mean()
+
+
+def test_a_picture_keeps_its_shape_and_its_middle_is_taken_as_torchvision_does():
+    stripes = np.zeros((60, 120, 3), np.uint8)
+    stripes[:, :30] = stripes[:, 90:] = 255
+    for turned_picture in stripes, stripes.transpose(1, 0, 2):
+        data = cv2.imencode(".png", np.ascontiguousarray(turned_picture))[1].tobytes()
+        assert images.decode(data, 60).max() == 0 and images.decode(data, 60, squash=True).max() == 255
+        evaluation = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])
+        theirs = evaluation(Image.fromarray(turned_picture))
+        assert (theirs.float() - images.decode(data, 224, resize=256).float()).abs().mean() < 0.5
+    data = jpeg(smooth(600, 900))
+    assert images.decode(data, 30).shape == (3, 30, 30)
+    middle = images.decode(data)[:, :, 150:750]
+    assert (v2.functional.resize(middle, [30, 30]).float() - images.decode(data, 30).float()).abs().mean() < 4
 
 
 def test_a_picture_in_another_format_is_decoded_in_full():

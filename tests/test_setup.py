@@ -11,7 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK = (ROOT / "requirements.lock").read_text().splitlines()
+LOCK, BENCH = ((ROOT / f"requirements{name}.lock").read_text().splitlines() for name in ("", "-bench"))
 
 
 def make(*arguments):
@@ -20,9 +20,10 @@ def make(*arguments):
                           check=True).stdout
 
 
-def test_the_lock_holds_names_versions_and_markers_only_and_the_command_that_makes_it():
-    assert LOCK[0].startswith("# uv pip compile pyproject.toml --universal")
-    for line in LOCK[1:]:
+def test_the_locks_hold_names_versions_and_markers_only_and_the_command_that_makes_them():
+    assert LOCK[0].startswith("# uv pip compile pyproject.toml --universal") and BENCH[0].startswith(LOCK[0][:60])
+    assert not {*LOCK} & {*BENCH}
+    for line in (*LOCK[1:], *BENCH[1:]):
         [specifier] = Requirement(line).specifier
         assert specifier.operator == "==" and not Requirement(line).url and not Requirement(line).extras
 
@@ -38,7 +39,7 @@ def test_the_lock_asks_for_cuda_on_linux_only():
 def test_every_dependency_of_the_project_is_in_the_lock_at_a_version_it_allows():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     locked = {}
-    for requirement in map(Requirement, LOCK[1:]):
+    for requirement in map(Requirement, LOCK[1:] + BENCH[1:]):
         locked.setdefault(requirement.name, []).append(requirement.specifier)
     for wanted in map(Requirement, project["dependencies"] + sum(project["optional-dependencies"].values(), [])):
         for specifier in locked[wanted.name]:
