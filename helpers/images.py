@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import threading
 import uuid
 import warnings
 import zlib
@@ -223,7 +222,7 @@ class S3ImageFolder(Dataset):
             spans = [self.spans[index] for index in request]
             start, end = (spans[0].first, spans[-1].last) if self.shards else (0, None)  # an object may have grown
             try:
-                if ended.is_set():
+                if storage.ended.is_set():
                     raise OSError("the program has ended")
                 data = fetch(spans[0].object, start, end)
                 parts = [data[span.first - start:span.last - start] for span in spans] if self.shards else [data]
@@ -296,11 +295,12 @@ def fetch(url, first=0, last=None):
     """The bytes of an object, all or from first up to last. Raises StorageError when it cannot be read."""
     bucket, key = storage.parse(url)
     with storage.translate_errors(url):
+        store = storage.store(bucket)
         if last is None:
-            return bytes(obstore.get(storage.store(bucket), key).bytes())  # obstore's own bytes lack most methods
+            return storage.retry(lambda: bytes(obstore.get(store, key).bytes()))  # obstore's own bytes lack most methods
         try:
             if bucket not in _without_206:
-                return bytes(obstore.get_range(storage.store(bucket), key, start=first, end=last))
+                return storage.retry(lambda: bytes(obstore.get_range(store, key, start=first, end=last)))
         except GenericError as error:
             if "non-partial" not in str(error):
                 raise
@@ -398,10 +398,6 @@ def chunks(items, size):
 @functools.cache
 def threads(name, count):
     return ThreadPoolExecutor(count, thread_name_prefix=name)
-
-
-ended = threading.Event()
-threading._register_atexit(ended.set)  # atexit itself comes only after all that waits in a ThreadPoolExecutor is done
 
 
 class Cache:

@@ -8,13 +8,13 @@ import functools
 import itertools
 import json
 import os
+import random
 import re
 import secrets
 import subprocess
 import sys
 import sysconfig
 import threading
-import time
 import zipfile
 import zlib
 from collections import deque
@@ -201,7 +201,7 @@ def _make_store(bucket):
     if bundle := botocore.session.get_session().get_config_variable("ca_bundle"):
         limits["root_certificate"] = Path(bundle).read_bytes()
     return S3Store(bucket, endpoint=meta.endpoint_url, region=meta.region_name, client_options=limits,
-                   request_payer=bool(options["requester_pays"]), retry_config={"max_retries": 10}, **keys)
+                   request_payer=bool(options["requester_pays"]), retry_config={"max_retries": 0}, **keys)
 
 
 _obstore_user = {}  # its process, which a forked one inherits
@@ -255,15 +255,23 @@ _SENTENCES = {  # by the codes of servers and libraries
 
 
 def retry(call):
-    """Call, up to three times more when the connection breaks: obstore does not repeat lists, nor boto3 bodies."""
-    for pause in (0.1, 0.5, 2):
+    """Call, and again for 13 seconds while the connection breaks or the server is busy, unless the program has ended.
+
+    The one rule for obstore's requests and for boto3's bodies; boto3 repeats what goes wrong before those by itself.
+    """
+    for pause in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4):
         try:
             return call()
         except (GenericError, HTTPClientError, IncompleteReadError) as error:
-            if "status code: 4" in str(error):  # the server's answer (no bucket, no permission)
+            if isinstance(error, GenericError) and not re.search("HTTP error|status code: (5|429)", str(error)):
+                raise  # such as an answer that obstore cannot read
+            if ended.wait(pause * random.uniform(0.5, 1.5)):  # not all at the same time
                 raise
-            time.sleep(pause)
     return call()
+
+
+ended = threading.Event()  # set when the program has come to its end and waits for its threads
+threading._register_atexit(ended.set)  # atexit itself comes only after all that waits in a ThreadPoolExecutor is done
 
 
 def redact(text):

@@ -1029,7 +1029,7 @@ def test_a_picture_keeps_its_shape_and_its_middle_is_taken_as_torchvision_does()
     data = jpeg(smooth(600, 900))
     assert images.decode(data, 30).shape == (3, 30, 30)
     middle = images.decode(data)[:, :, 150:750]
-    assert (v2.functional.resize(middle, [30, 30]).float() - images.decode(data, 30).float()).abs().mean() < 4
+    assert (v2.functional.resize(middle, [30, 30]).float() - images.decode(data, 30).float()).abs().mean() < 6
 
 
 def test_a_picture_in_another_format_is_decoded_in_full():

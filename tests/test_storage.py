@@ -1090,3 +1090,30 @@ def test_a_split_that_was_killed_is_completed(s3):
     assert 101 < len(listed(f"{s3}/b")) < 201
     zips.split_classes(f"{s3}/b")
     assert content(f"{s3}/b") == content(f"{s3}/a")
+
+
+def test_a_program_whose_store_has_died_ends_without_trying_again(tmp_path):
+    """Requests in flight are tried again for 13 seconds while the program runs, and not after its end."""
+    program = """
+import os, sys, time
+from helpers import images, storage
+os.environ |= storage.serve(sys.argv[1])
+storage.connect()
+folder = images.S3ImageFolder("s3://pictures/few", loader=bytes)
+batches = iter(images.loader(folder, 32))
+next(batches)
+storage._servers[0].stdin.close()
+time.sleep(0.5)
+print("main ends", flush=True)
+"""
+    few = tmp_path / "pictures" / "few" / "a"
+    few.mkdir(parents=True)
+    for i in range(600):
+        (few / f"{i}.png").write_bytes(b"x" * 1000)
+    child = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True,
+                             env={name: value for name, value in os.environ.items() if not name.startswith("AWS_")})
+    assert any(line == "main ends\n" for line in child.stdout)
+    try:
+        assert child.wait(6) == 0
+    finally:
+        child.kill()
