@@ -259,7 +259,7 @@ def retry(call):
 
     The one rule for obstore's requests and for boto3's bodies; boto3 repeats what goes wrong before those by itself.
     """
-    for pause in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4):
+    for pause in (0.1, 0.1, 0.2, 0.2, 0.4, 0.4, 0.8, 0.8, 1.6, 1.6, 1.6, 1.6, 3.2):  # seconds, 12.6 together
         try:
             return call()
         except (GenericError, HTTPClientError, IncompleteReadError) as error:
