@@ -1,6 +1,6 @@
-"""What hangs on the training loop: plain classes with methods named after the moment they run (training.MOMENTS).
+"""Callbacks of the training loop: plain classes with methods named after the moment they run (training.MOMENTS).
 
-One of your own is as short as this; `order` says when its turn is among the others:
+One of your own can be as short as this; `order` sets its place among the others:
 
     class Tell(Callback):
         def after_epoch(self, loop):
@@ -22,13 +22,13 @@ from helpers.training import Callback, CancelFit
 
 
 class LearningRate(Callback):
-    """A learning rate that follows a schedule over the whole fit, and stands in the history.
+    """Schedule the learning rate over the whole fit and record it in the history.
 
-    schedule: "constant", "linear" or "cosine", from the optimizer's own rate down to 0, after `warmup` steps (below 1:
-    a fraction of all) of a linear rise; "cosine" restarts `cycles` times (Loshchilov & Hutter 2016,
-    https://arxiv.org/abs/1608.03983). Or a function that makes any torch scheduler for an optimizer. A
-    ReduceLROnPlateau looks at `monitor` in the history after every epoch. every: "step" or "epoch", of which `warmup`
-    is a number, too.
+    schedule: "constant", "linear" or "cosine", from the optimizer's own rate down to 0, after a linear warm-up of
+    `warmup` steps (below 1: a fraction of all); "cosine" restarts `cycles` times (Loshchilov & Hutter 2016,
+    https://arxiv.org/abs/1608.03983). Or a function that makes any torch scheduler for an optimizer; a
+    ReduceLROnPlateau looks at `monitor` in the history after every epoch. every: "step" or "epoch", the unit of the
+    schedule and of `warmup`.
     """
 
     def __init__(self, schedule, warmup=0, cycles=1, every="step", monitor="val_loss"):
@@ -44,7 +44,8 @@ class LearningRate(Callback):
         self.total, make = math.inf, self.schedule
         if not callable(make):
             if math.isinf(loop.total_steps):
-                raise ValueError("A schedule has to know the end: fit(num_steps=…) where the loader has no length.")
+                raise ValueError("A schedule must know where training ends: with a loader that has no length, use "
+                                 "fit(num_steps=…).")
             batches = min(loop.epoch_batches, loop.total_steps)
             moves = math.ceil(batches / loop.accumulate) if self.every == "step" else 1  # in an epoch
             self.total, make = math.ceil(loop.total_steps * moves / batches), self._make
@@ -54,7 +55,7 @@ class LearningRate(Callback):
         warmup = self.warmup if self.warmup >= 1 else round(self.warmup * self.total)
         length = max(self.total - warmup, 1)
         for group in optimizer.param_groups:
-            group["lr"] = group.get("initial_lr", group["lr"])  # where an earlier fit ended with a smaller one
+            group["lr"] = group.get("initial_lr", group["lr"])  # an earlier fit may have ended with a smaller one
         if self.schedule == "cosine":
             scheduler = CosineAnnealingWarmRestarts(optimizer, math.ceil(length / self.cycles))
         else:
@@ -89,9 +90,7 @@ class LearningRate(Callback):
 
 
 class ClipGradients(Callback):
-    """Scale the gradients of a step down to this norm (of all together), or cut each at this value; of all weights, or
-    of these (list(model.embedding.parameters())).
-    """
+    """Clip the gradients of all weights, or of these: their joint norm, or each one's absolute value."""
 
     def __init__(self, norm=None, value=None, weights=None):
         self.norm, self.value, self.weights = norm, value, weights
@@ -104,11 +103,11 @@ class ClipGradients(Callback):
             torch.nn.utils.clip_grad_norm_(weights, self.norm)
 
 
-# ------------------------------------------------------------------------------------------------ stop, and be warned
+# ------------------------------------------------------------------------------------------------ stopping early
 
 
 def best_epoch(history, monitor, threshold=0.0):
-    """The index of the row in which `monitor` was last better than ever before, by more than `threshold`."""
+    """The index of the last row in which `monitor` improved on all earlier ones by more than `threshold`."""
     sign, best = (-1 if experiment.smaller_is_better(monitor) else 1), 0
     values = [column(row, monitor) for row in history]
     for i, value in enumerate(values):
@@ -124,18 +123,18 @@ def column(row, name):
 
 
 class EarlyStopping(Callback):
-    """End training when `monitor` in the history did not get better, by more than `threshold`, for `patience` epochs.
+    """End training when `monitor` in the history has not improved by more than `threshold` for `patience` epochs.
 
-    Whether less or more is better follows from its name: see experiment.smaller_is_better.
+    Whether smaller or larger is better follows from its name: see experiment.smaller_is_better.
     """
 
-    order = 100  # after those that keep what the epoch brought
+    order = 100  # after those that save what the epoch produced
 
     def __init__(self, monitor="val_loss", patience=3, threshold=0.0):
         self.monitor, self.patience, self.threshold = monitor, patience, threshold
 
     def before_fit(self, loop):
-        if loop.history and not hasattr(loop, "epoch"):  # of a checkpoint: it may have ended there
+        if loop.history and not hasattr(loop, "epoch"):  # resumed from a checkpoint: training may have ended there
             self.after_epoch(loop)
 
     def after_epoch(self, loop):
@@ -143,11 +142,11 @@ class EarlyStopping(Callback):
             raise CancelFit
 
 
-# --------------------------------------------------------------------------------------------------- keep, and tell
+# ----------------------------------------------------------------------------------------- history and checkpoints
 
 
 class SaveHistory(Callback):
-    """The history to the run's history.csv after every epoch, and its curves to plots/history.png at the end."""
+    """Write the history to the run's history.csv after every epoch, and its curves to plots/history.png at the end."""
 
     order = 20
 
@@ -159,18 +158,18 @@ class SaveHistory(Callback):
 
     def after_fit(self, loop):
         if loop.history:
-            self.after_epoch(loop)  # one that ended training may have kept the last row from it
+            self.after_epoch(loop)  # a callback that ended training may have run before this one
             self.run.save_figure("history", plot_history(loop.history))
 
     after_error = after_fit
 
 
 def plot_history(history):
-    """A figure of the losses, and one beside it for every other number that was measured, over the epochs."""
+    """A figure with the losses and every other measured number over the epochs, a panel each."""
     from matplotlib import pyplot
 
     names = [name for name, value in history[-1].items() if isinstance(value, (int, float)) and name != "epoch"]
-    panels = {}  # {what is measured: [the columns of it, on training, validation and test data]}
+    panels = {}  # {quantity: [its columns on training, validation and test data]}
     colors = {"val": "tab:orange", "test": "tab:green"}
     for name in names:
         panels.setdefault(re.sub("^(train|val|test)_", "", name).replace("_", " "), []).append(name)
@@ -189,15 +188,15 @@ def plot_history(history):
 
 
 class Checkpoint(Callback):
-    """Keep the whole state of training under a URL, and go on from the newest when training starts anew.
+    """Save the complete training state under a URL, and resume from the newest checkpoint when training starts again.
 
-    Training that was killed and started again ends with the weights and history of one that was not, to the bit (with
-    DataLoader workers: but for their augmentation). A checkpoint is one object, there whole or not at all.
-    every: "epoch", a number of steps (and every epoch), or "end". keep: so many of the newest stay. best: a column of
-    the history; the model of the epoch in which it was best stays under {url}/best, for experiment.load_model.
+    Training that was killed and restarted ends with the same weights and history, to the bit, as one that was not
+    (augmentation in DataLoader workers excepted). A checkpoint is one object, there whole or not at all.
+    every: "epoch", a number of steps (and every epoch), or "end". keep: how many of the newest to keep. best: a column
+    of the history; the model of the epoch in which it was best is kept under {url}/best, for experiment.load_model.
     """
 
-    order = 50  # after those that change the history, before those that end training
+    order = 50  # after callbacks that change the history, before those that end training
 
     def __init__(self, url, every="epoch", keep=2, best=None):
         if every not in ("epoch", "end") and not isinstance(every, int):
@@ -208,7 +207,7 @@ class Checkpoint(Callback):
         for name in reversed(self._names()):
             try:
                 state = state_from_safetensors(storage.read(f"{self.url}/{name}"))
-            except safetensors.SafetensorError:  # cut off where a write is not atomic: take the one before
+            except safetensors.SafetensorError:  # truncated, where writes are not atomic: take the one before
                 continue
             before = loop.steps
             loop.load_state_dict(state)
@@ -216,9 +215,9 @@ class Checkpoint(Callback):
             break
 
     def after_step(self, loop):
-        within = loop.batch < loop.epoch_batches and loop.steps < loop.last_step  # or else after_epoch does it
+        within = loop.batch < loop.epoch_batches and loop.steps < loop.last_step  # otherwise after_epoch saves
         if isinstance(self.every, int) and within and loop.stepped and loop.steps % self.every < loop.accumulate:
-            self._save(loop)  # at the first step of the optimizer from there: no gradients wait
+            self._save(loop)  # at the next optimizer step, when no gradients are pending
 
     def after_epoch(self, loop):
         if self.best and best_epoch(loop.history, self.best) == len(loop.history) - 1:
@@ -233,7 +232,7 @@ class Checkpoint(Callback):
 
     def _save(self, loop):
         state = loop.state_dict()
-        whole = all(weight.isfinite().all() for weight in loop.model.parameters())  # there is no going on from NaN
+        whole = all(weight.isfinite().all() for weight in loop.model.parameters())  # NaN cannot be trained on
         if whole and loop.accelerator.is_main_process:
             storage.write(f"{self.url}/step_{loop.steps:09d}_{loop.batch:09d}.safetensors", state_to_safetensors(state))
             for name in self._names()[:-self.keep]:

@@ -1,4 +1,4 @@
-"""The training loop, short enough to read in one sitting: all that is not the loop itself is a callback."""
+"""The training loop, short enough to read in one sitting; everything else is a callback."""
 
 import math
 import random
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from helpers.storage import progress
 
-REFRESH = 0.25  # seconds between two readings of the loss: each waits for the device, so not every step
+REFRESH = 0.25  # seconds between readings of the loss: each waits for the device, so not at every step
 
 
 class CancelFit(Exception):
@@ -27,31 +27,31 @@ class CancelFit(Exception):
 
 
 MOMENTS = "before_fit", "before_epoch", "after_backward", "after_step", "after_epoch", "after_fit", "after_error"
-PLACE = "history", "steps", "batch", "total", "seen", "epoch_random"  # attributes that say how far training has come
+PLACE = "history", "steps", "batch", "total", "seen", "epoch_random"  # the attributes that describe progress
 
 
 class Callback:
-    """A class with methods named after moments of the training (MOMENTS), each called with the loop.
+    """A class with methods named after the moments of training (MOMENTS), each called with the loop.
 
-    Callbacks run by `order`, smallest first, and may read `loop.history`, `loop.epoch`, `loop.steps` (batches so far),
-    `loop.stepped` (whether the optimizer made a step at this batch), `loop.step_loss` (a tensor on the device),
-    `loop.mean_loss` (of the epoch, at the last reading) and `loop.bar`. after_backward may change the gradients of
-    `loop.weights`. after_fit comes after CancelFit, too; after_error after any other exception. A callback with
-    `state_dict` and `load_state_dict` has its state in the checkpoints.
+    Callbacks run in ascending `order`, and may read `loop.history`, `loop.epoch`, `loop.steps` (batches so far),
+    `loop.stepped` (whether the optimizer stepped at this batch), `loop.step_loss` (a tensor on the device),
+    `loop.mean_loss` (the epoch's, when last read) and `loop.bar`. after_backward may change the gradients of
+    `loop.weights`. after_fit also runs after CancelFit; after_error after any other exception. The state of
+    a callback that has `state_dict` and `load_state_dict` is part of the checkpoints.
     """
 
     order = 0
 
 
 class _Task(nn.Module):
-    """The model with its criterion as one module, so that autocast and DDP cover everything computed in a step."""
+    """The model and its criterion as one module, so that autocast and DDP cover everything a step computes."""
 
     def __init__(self, model, criterion):
         super().__init__()
         self.model, self.criterion = model, criterion
 
     def forward(self, batch, training):
-        """(loss or losses, outputs, targets, and what else the model predicts), any of which may be None."""
+        """(loss or losses, outputs, targets, and anything else the model predicts); any of them may be None."""
         if hasattr(self.model, "get_loss"):
             loss = self.model.get_loss(batch, self.criterion)
             return (loss, None, None) if training else (loss, *self.model.get_predictions(batch))
@@ -70,27 +70,27 @@ class TrainLoop:
     model: any nn.Module. Batches are (inputs, targets), with criterion(model(inputs), targets) the loss; or a dict of
         the model's arguments, where a model that returns its loss, as those of transformers do, needs no criterion.
         For anything else the model has `get_loss(batch, criterion)` and `get_predictions(batch)` -> (outputs, targets),
-        each a tensor or a list with an item per sample, and a third one for `predict` if you like.
-    optimizer: one, or a list; get_loss then yields a loss for each, computed after the step of the one before, and
-        each loss changes the weights of its own optimizer only.
+        each a tensor or a list with one item per sample, optionally followed by a third for `predict`.
+    optimizer: one, or a list; get_loss then yields one loss per optimizer, each computed after the previous
+        optimizer's step, and each loss changes only its own optimizer's weights.
     test_loader: evaluated at the end of `fit`, as test_loss, test_{metric}, … in the last row of the history.
-    scheduler: a torch scheduler, stepped after every step of the optimizer (or use callbacks.LearningRate).
+    scheduler: a torch scheduler, stepped after every optimizer step (or use callbacks.LearningRate).
     metrics: {name: torchmetrics.Metric} or a MetricCollection, updated with (outputs, targets) in `evaluate`.
-    accumulate: batches whose gradients are averaged for one step of the optimizer.
-    options: of accelerate's Accelerator, such as mixed_precision="bf16". It also places everything on the device and
-        averages gradients over several processes.
+    accumulate: the number of batches whose gradients are averaged for one optimizer step.
+    options: passed to accelerate's Accelerator, such as mixed_precision="bf16". It also moves everything to the device
+        and averages gradients across processes.
     """
 
     def __init__(self, model, train_loader=None, val_loader=None, test_loader=None, *, optimizer=None, criterion=None,
                  scheduler=None, metrics=None, accumulate=1, **options):
         AcceleratorState._reset_state()  # each loop has its own precision
-        options.setdefault("cpu", not torch.accelerator.is_available())  # several processes on CPUs have to ask for it
+        options.setdefault("cpu", not torch.accelerator.is_available())  # several CPU processes have to ask for it
         self.accelerator = Accelerator(**options)
         self.model, self.criterion, self.scheduler, self.accumulate = model, criterion, scheduler, accumulate
         several = isinstance(optimizer, (list, tuple))
         self.optimizers = list(optimizer) if several else [optimizer] if optimizer else []
-        # Optimizers are not prepared by accelerate, whose own step costs 0.1 ms: it looks for a package on the disk.
-        self.own_task = _Task(model, criterion)  # without DDP, for evaluation, where processes have unequal shares
+        # Optimizers are not prepared by accelerate: its step costs 0.1 ms, since it looks for a package on the disk.
+        self.own_task = _Task(model, criterion)  # without DDP, for evaluation, where shares are unequal
         self.task = self.accelerator.prepare(self.own_task)
         self.train_loader, self.val_loader = self._shard(train_loader), self._shard(val_loader, even=False)
         self.test_loader = self._shard(test_loader, even=False)
@@ -103,10 +103,10 @@ class TrainLoop:
         self.callbacks, self.frozen = [], []  # frozen: modules that stay in evaluation mode, such as a batch norm
 
     def _shard(self, loader, even=True):
-        """A loader of this process's share of the batches, in an order that all processes draw alike.
+        """A loader over this process's share of the batches, in an order common to all processes.
 
-        For training every process gets the same number of batches, for evaluation every sample is in one of them.
-        An IterableDataset shards itself for training; and what cannot be divided all processes evaluate as a whole.
+        In training every process gets the same number of batches; in evaluation every sample is in exactly one share.
+        An IterableDataset shards itself for training; what cannot be divided is evaluated whole by every process.
         """
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
         if (loader is None or processes == 1 or isinstance(loader.dataset, IterableDataset)
@@ -122,7 +122,7 @@ class TrainLoop:
         return loader
 
     def add_metrics(self, metrics):
-        """Measure these in `evaluate`, too."""
+        """Compute these in `evaluate` as well."""
         from torchmetrics import MetricCollection  # takes longer to import than PyTorch, and not every loop needs it
 
         self.metrics = self.metrics or MetricCollection({}, compute_groups=False)
@@ -131,7 +131,7 @@ class TrainLoop:
             metric.distributed_available_fn = lambda: self.shared  # whether `compute` adds up all processes
 
     def fit(self, num_epochs=None, callbacks=(), num_steps=None):
-        """Train for so many more epochs or steps; return the history. A callback's CancelFit ends it early."""
+        """Train for this many more epochs or steps and return the history. A callback's CancelFit ends it early."""
         if self.train_loader is None or not self.optimizers or not (num_epochs or num_steps):
             raise ValueError("Training takes a train_loader and an optimizer, and fit a num_epochs or num_steps.")
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
@@ -166,7 +166,7 @@ class TrainLoop:
 
     @property
     def epoch_batches(self):
-        """Batches in an epoch, for each process; infinite for a stream without a length."""
+        """Batches per epoch and process; infinite for a stream without a length."""
         try:
             return len(self.train_loader)
         except TypeError:
@@ -174,18 +174,18 @@ class TrainLoop:
 
     @property
     def total_steps(self):
-        """Batches in the whole fit, for each process."""
+        """Batches in the whole fit, per process."""
         return self.num_steps or self.num_epochs * self.epoch_batches
 
     @property
     def weights(self):
-        """The weights that the current optimizer changes (of several optimizers, the one whose turn it is)."""
+        """The weights of the current optimizer (of several, the one whose turn it is)."""
         return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def step(self, batch, size=1, last=True):
-        """One training step on a batch: return its loss, on the device. Can be called from a loop of your own.
+        """One training step on a batch; return its loss, on the device. You can call it from a loop of your own.
 
-        With gradients accumulated over `size` batches, the optimizer makes its step at the `last` of them.
+        With gradients accumulated over `size` batches, the optimizer steps at the `last` of them.
         """
         self._set_training_mode()
         batch, total, several = send_to_device(batch, self.accelerator.device), None, len(self.optimizers) > 1
@@ -216,7 +216,7 @@ class TrainLoop:
                 module.training = False
 
     def _update(self, several):
-        """One step of the optimizer, with the mean gradients of all processes, unscaled."""
+        """One optimizer step, with the unscaled gradients averaged across processes."""
         scaler = self.accelerator.scaler
         if several and self.accelerator.num_processes > 1:  # DDP averages only after one backward for all weights
             for weight in self.weights:
@@ -225,7 +225,7 @@ class TrainLoop:
         if scaler:
             scaler.unscale_(self.optimizer)
         self._call("after_backward")
-        if scaler:  # skips the step when a gradient overflows fp16
+        if scaler:  # it skips the step when a gradient overflows fp16
             scale = scaler.get_scale()
             scaler.step(self.optimizer)
             scaler.update()
@@ -255,7 +255,7 @@ class TrainLoop:
             if self.steps >= self.last_step:
                 break
         for optimizer in self.optimizers:
-            optimizer.zero_grad()  # of batches that a stream's end left without a step
+            optimizer.zero_grad()  # left by a stream's last batches, which had no step
         device = self.accelerator.device
         total, seen = self.accelerator.reduce((self.total.to(device), torch.tensor(self.seen, device=device)))
         rate = (self.seen - before) * self.accelerator.num_processes / (time.perf_counter() - start)
@@ -263,14 +263,14 @@ class TrainLoop:
         return {"train_loss": self.mean_loss, "train_samples_per_second": rate}
 
     def _batches(self):
-        """The batches of this epoch that have not been trained on."""
+        """The batches of this epoch that have not been trained on yet."""
         loader, now = self.train_loader, self._random_states()
         if not self.batch:
             self.epoch_random, self.seen, self.total = now, 0, torch.zeros(())
             return iter(loader)
-        self._set_random_states(self.epoch_random)  # draw the same order as before, and skip what has been done
+        self._set_random_states(self.epoch_random)  # draw the same order as before and skip what is done
         if by_index := loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # as a loader does when it starts
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # as a DataLoader does at its start
         order = iter(loader.batch_sampler if by_index else loader)
         for _ in range(self.batch):
             next(order)
@@ -280,9 +280,9 @@ class TrainLoop:
 
     @torch.inference_mode()
     def evaluate(self, loader):
-        """{"loss": …, metric: …} over a loader, every sample counted once, on several processes too.
+        """{"loss": …, metric: …} over a loader, every sample counted once, also on several processes.
 
-        {} and a warning for a loader that has no batches.
+        Warns and returns {} for a loader without batches.
         """
         if self.metrics:
             self.metrics.reset()
@@ -306,17 +306,16 @@ class TrainLoop:
     def predict(self, loader):
         """The model's outputs and the targets over a loader, in its order, on the CPU: (samples, …), (samples, …).
 
-        Lists of samples where they are no tensors, or of different shapes. What get_predictions returns beside
-        them comes third.
+        Lists of samples where they are not tensors or differ in shape. A third value from get_predictions comes third.
         """
         batches = [send_to_device(parts, "cpu") for _, *parts in self._outputs(loader)]
-        if self.shared:  # the processes took turns
+        if self.shared:  # the processes took batches in turns
             turns = zip_longest(*gather_object([batches]))
             batches = [batch for turn in turns for batch in turn if batch is not None]
         return tuple(_join(parts) for parts in zip(*batches)) or ([], [])
 
     def _outputs(self, loader):
-        """(loss, outputs, targets) of each batch; of several processes, each has its share."""
+        """(loss, outputs, targets) of each batch in this process's share."""
         if loader not in (self.train_loader, self.val_loader, self.test_loader):
             loader = self._shard(loader, even=False)
         self.shared = hasattr(loader, "shared")
@@ -335,15 +334,15 @@ class TrainLoop:
                 method(self)
 
     def state_dict(self):
-        """Everything that the rest of the training depends on, for exact resume. Every process has to call it."""
-        self.total = self.total.cpu()  # others would load it onto this process's GPU; the next step moves it back
+        """Everything the rest of training depends on, for exact resume. Every process must call it."""
+        self.total = self.total.cpu()  # or others would load it onto this process's GPU; the next step moves it back
         own = {"random": self._random_states(), "place": {name: vars(self)[name] for name in PLACE}}
         return {"parts": [part.state_dict() for part in self._parts()], "processes": gather_object([own])}
 
     def load_state_dict(self, state):
-        """Continue from what `state_dict` returned, in a loop and with callbacks that were made in the same way.
+        """Continue from what `state_dict` returned, in a loop with callbacks constructed in the same way.
 
-        Raises ValueError when the number of processes, or of optimizers and callbacks with a state, differs.
+        Raises ValueError when the number of processes, optimizers or stateful callbacks differs.
         """
         if (count := len(state["processes"])) != self.accelerator.num_processes:
             raise ValueError(f"This training was begun with {count} processes and cannot go on with "
@@ -364,12 +363,12 @@ class TrainLoop:
         return {name: get() for name, (get, _) in self.random.items()}
 
     def _set_random_states(self, states):
-        for name in states.keys() & self.random.keys():  # a GPU's is missing where training goes on without one
+        for name in states.keys() & self.random.keys():  # a GPU's is missing where training continues without one
             self.random[name][1](states[name])
 
 
 def _random_sources(device, *loaders):
-    """{name: (get state, set state)} of every source of random numbers: Python's, NumPy's, PyTorch's, the loaders'."""
+    """{name: (get state, set state)} for every source of randomness: Python, NumPy, PyTorch, the loaders."""
     sources = {"python": (random.getstate, random.setstate), "numpy": (np.random.get_state, np.random.set_state),
                "torch": (torch.get_rng_state, torch.set_rng_state)}
     if device.type != "cpu":
@@ -391,14 +390,14 @@ def _size(batch):
 
 
 def _join(parts):
-    """Those of all batches: as one tensor, or a list of samples."""
+    """The parts of all batches as one tensor, or as a list of samples."""
     if all(isinstance(part, torch.Tensor) for part in parts) and len({part.shape[1:] for part in parts}) == 1:
         return torch.cat(parts)
     return None if parts[0] is None else [sample for part in parts for sample in part]
 
 
 def best_precision():
-    """The mixed_precision for TrainLoop here: "bf16" where the hardware multiplies in it, or "no"."""
+    """The best mixed_precision on this hardware: "bf16" where it multiplies natively in it, otherwise "no"."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     cpu = torch.cpu.get_capabilities()
@@ -406,7 +405,7 @@ def best_precision():
 
 
 def _replace_order(loader, batch_sampler):
-    """A loader like this one whose batches have the indices that batch_sampler gives."""
+    """A loader like this one, with its batches drawn by batch_sampler."""
     names = ("num_workers", "collate_fn", "pin_memory", "generator", "worker_init_fn", "multiprocessing_context",
              "persistent_workers")
     return DataLoader(loader.dataset, batch_sampler=batch_sampler, **{name: getattr(loader, name) for name in names})
