@@ -1,5 +1,6 @@
 """One run = one folder at any fsspec URL (s3://, gs://, local): what went in, what came out, and the model."""
 
+import base64
 import csv
 import hashlib
 import io
@@ -18,9 +19,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
-from html import escape
 from importlib.metadata import distributions
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 import safetensors.torch
@@ -96,7 +96,7 @@ def _environment():
 
 class Run:
     """A run's folder, `url`/{UTC time}: hyperparameters.json, environment.json, code.py (what ran), history.csv,
-    plots/, predictions.safetensors, model/ and metrics.json.
+    plots/, predictions.safetensors, model/, metrics.json, and report.html, a page about all of it.
 
     `finish` writes manifest.json, the list of them, last: a folder without it was cut off, and the next run with the
     same hyperparameters and the same code up to here continues it, unless the process that writes it is alive: it
@@ -144,9 +144,11 @@ class Run:
         self._write("predictions.safetensors", to_safetensors(tensors))
 
     def finish(self, results):
-        """Results as metrics.json, then the manifest, the list of all files: from here on the run is complete."""
+        """Results as metrics.json, report.html, then the manifest, the list of all files: the run is complete."""
         self._write("code.py", _code())
         self._write("metrics.json", json.dumps(results, indent=1).encode())
+        if storage.is_first_process():
+            self._write("report.html", _render_report(self.url))
         times = {"started": self.started.isoformat(), "finished": datetime.now(timezone.utc).isoformat()}
         files = [name for name in storage.list_files(self.url) if name != "lease.json"]
         self._write("manifest.json", json.dumps({**times, "files": files}, indent=1).encode())
@@ -171,43 +173,33 @@ def _choose(url, new, hyperparameters, code):
     return f"{url}/{new}"
 
 
-def _owner():
-    return {"host": socket.gethostname(), "pid": os.getpid()}
-
-
 def _write_lease(run):
-    storage.write(f"{run}/lease.json", json.dumps({**_owner(), "renewed": time.time()}).encode())
+    lease = {"host": socket.gethostname(), "pid": os.getpid(), "renewed": time.time()}
+    storage.write(f"{run}/lease.json", json.dumps(lease).encode())
 
 
 def _renew_lease(reference):
     """Renew a run's lease until the run is finished, another process's, or nobody's any more."""
-    while True:
-        time.sleep(LEASE / 4)
-        if (run := reference()) is None:
-            return
-        with run.lock, suppress(Exception):  # the store may answer the next time
-            if not run.finished:
-                lease = _load(f"{run.url}/lease.json")
-                run.lost = lease != lease | _owner()
-            if run.finished or run.lost:
-                return
-            _write_lease(run.url)
+    while (run := reference()) and not (run.finished or run.lost):
+        with run.lock, suppress(Exception):  # the store may answer the next time; a finished run has no lease
+            lease = _load(f"{run.url}/lease.json")
+            run.lost = (lease["host"], lease["pid"]) != (socket.gethostname(), os.getpid())
+            if not run.lost:
+                _write_lease(run.url)
         del run  # or it would never be nobody's
+        time.sleep(LEASE / 4)
 
 
 def _is_written(run):
-    """Whether another process is alive that writes this run: one whose lease is renewed."""
+    """Whether another process is alive that writes this run: on this machine, or one that renews its lease."""
     if "lease.json" not in storage.list_files(run):
         return False
     lease = _load(f"{run}/lease.json")
     if lease["host"] == socket.gethostname() and (lease["pid"] == os.getpid() or not psutil.pid_exists(lease["pid"])):
         return False
-    print(f"waiting up to {LEASE} s to see whether {lease['host']} still writes {run}")
-    for _ in range(20):
-        time.sleep(LEASE / 20)
-        if "lease.json" not in storage.list_files(run) or _load(f"{run}/lease.json") != lease:
-            return True
-    return False
+    print(f"waiting {LEASE} s to see whether {lease['host']} still writes {run}")
+    time.sleep(LEASE)
+    return "lease.json" not in storage.list_files(run) or _load(f"{run}/lease.json") != lease
 
 
 def smaller_is_better(metric):
@@ -220,19 +212,20 @@ def compare(url, metric=None):
 
     The best run is that of the best `metric`, by default the first number among the newest results.
     """
-    url, names = str(url).rstrip("/"), set(storage.list_files(url))
-    runs = [name.rpartition("/")[0] for name in names if name.endswith("/hyperparameters.json")]
+    url, names = str(url).rstrip("/"), {*storage.list_files(url)}
+    runs = {name.rpartition("/")[0] for name in names if name.endswith("/hyperparameters.json")}
+    runs = [run for run in runs if not runs & {*map(str, PurePosixPath(run).parents)}]  # not those within a run
     runs.sort(key=lambda run: (run.rpartition("/")[2], run), reverse=True)
-    finished = [run for run in runs if f"{run}/manifest.json" in names]
     with ThreadPoolExecutor(THREADS) as pool:
         asked = list(pool.map(lambda run: _load(f"{url}/{run}/hyperparameters.json"), runs))
-        results = dict(zip(finished, pool.map(lambda run: _load(f"{url}/{run}/metrics.json"), finished)))
+        results = pool.map(lambda run: _load(f"{url}/{run}/metrics.json") if f"{run}/metrics.json" in names else {}, runs)
     differ = [name for name in _columns(asked)
               if len({json.dumps(values[name]) if name in values else "" for values in asked}) > 1]
-    rows = [{"run": run, "finished": run in results, "newest": run == runs[0], "best": False,
+    rows = [{"run": run, "finished": f"{run}/manifest.json" in names, "newest": run == runs[0], "best": False,
              "hyperparameters": {name: values[name] for name in differ if name in values},
-             "metrics": {name: value for name, value in results.get(run, {}).items()
-                         if type(value) in (int, float) and math.isfinite(value)}} for run, values in zip(runs, asked)]
+             "metrics": {name: value for name, value in found.items()
+                         if type(value) in (int, float) and math.isfinite(value)}}
+            for run, values, found in zip(runs, asked, results)]
     metrics = _columns(row["metrics"] for row in rows)
     if metric and metrics and metric not in metrics:
         raise ValueError(f"No run at {url} has a metric {metric!r}; there are: {', '.join(metrics)}.")
@@ -250,46 +243,48 @@ class Comparison:
 
     def __init__(self, url, rows, metric):
         self.url, self.rows, self.metric = url, rows, metric
-        for row in self._rank(metric)[:1]:
+        for row in self.rank(metric)[:1]:
             row["best"] = True
 
-    def _rank(self, metric):
+    def rank(self, metric):
         """The rows that have this metric, the best first."""
         rows = [row for row in self.rows if metric in row["metrics"]]
         return sorted(rows, key=lambda row: row["metrics"][metric], reverse=not smaller_is_better(metric))
 
-    def plot(self, hyperparameter, metric=None):
-        """A figure of a metric over a hyperparameter that differs between the runs, the best run a star."""
-        from matplotlib import pyplot  # here: it takes a second
-
-        metric = metric or self.metric
-        rows = [row for row in self._rank(metric) if hyperparameter in row["hyperparameters"]]
-        if not rows:
-            names = _columns(row[part] for row in self.rows for part in ("hyperparameters", "metrics"))
-            raise ValueError(f"No run at {self.url} has both {hyperparameter!r} and {metric!r}; "
-                             f"there are: {', '.join(names)}.")
-        x, y = zip(*((row["hyperparameters"][hyperparameter], row["metrics"][metric]) for row in rows))
-        figure, axis = pyplot.subplots(figsize=(6, 3.5))
-        pyplot.close(figure)  # or Jupyter shows it twice
-        if not {*map(type, x)} <= {int, float}:
-            x = [str(value) for value in x]
-        elif min(x) > 0 and max(x) >= 100 * min(x):  # learning rates
-            axis.set_xscale("log")
-        axis.scatter(x, y)
-        axis.scatter(x[:1], y[:1], s=200, marker="*", color="tab:orange", label="best")
-        axis.set(xlabel=hyperparameter, ylabel=metric)
-        axis.legend(frameon=False)
-        return figure
-
     def _repr_html_(self):
-        arrow = {self.metric: " ↓" if smaller_is_better(self.metric) else " ↑"}
         names = {part: _columns(row[part] for row in self.rows) for part in ("hyperparameters", "metrics")}
-        lines = [["th", f"{len(self.rows)} runs at {self.url}", "", *names["hyperparameters"],
-                  *(name + arrow.get(name, "") for name in names["metrics"])]]
-        for row in self.rows:
-            marks = {"★ best": row["best"], "newest": row["newest"], "cut off": not row["finished"]}
-            values = [row[part].get(name, "") for part in names for name in names[part]]
-            lines.append(["td", row["run"], ", ".join(name for name in marks if marks[name]),
-                          *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)])
-        return "".join(["<table>", *("<tr>" + "".join(f"<{tag}>{escape(text)}" for text in texts)
-                                     for tag, *texts in lines), "</table>"])
+        return _render("runs.html.j2", comparison=self, names=names, smaller=smaller_is_better(self.metric))
+
+
+def _render(template, **values):
+    from jinja2 import Environment, FileSystemLoader  # here: only the end of a run needs it
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    return environment.get_template(template).render(**values)
+
+
+def _render_report(run):
+    """The page about a run: what went in and came out, curves and plots, and what differs from the best run."""
+    folder, _, name = run.rpartition("/")
+    names = storage.list_files(run)
+    values = {each: _load(f"{run}/{each}.json") for each in ("hyperparameters", "metrics", "environment")}
+    curves = _read_curves(storage.read(f"{run}/history.csv").decode()) if "history.csv" in names else {}
+    plots = {each[6:-4]: base64.b64encode(storage.read(f"{run}/{each}")).decode() for each in names
+             if each.startswith("plots/") and each != "plots/history.png"}  # the page draws these curves itself
+    comparison = Comparison(folder, [], "")
+    with suppress(StorageError):  # one of the other runs may be damaged
+        comparison = compare(folder)
+    page = _render("report.html.j2", url=run, name=name, curves=curves, plots=plots, comparison=comparison, **values)
+    return redact(page)[0].encode()
+
+
+def _read_curves(text):
+    """{what was measured: {"train", "val", "test" or "": [(row, value), …]}} of a history.csv, where it is numbers."""
+    curves = {}
+    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""))):
+        for column, value in row.items():
+            data, what = re.fullmatch("(?:(train|val|test)_)?(.*)", column, re.DOTALL).groups(default="")
+            with suppress(ValueError):
+                if what != "epoch" and math.isfinite(float(value)):
+                    curves.setdefault(what, {}).setdefault(data, []).append((number, float(value)))
+    return curves
