@@ -186,7 +186,7 @@ def test_a_schedule_over_a_stream_takes_the_number_of_steps():
     loop.train_loader = DataLoader(Stream(), 4)
     loop.fit(num_steps=5, callbacks=[LearningRate("linear"), watch(rates)])
     assert rates == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])
-    with pytest.raises(ValueError, match="where the loader has no length"):
+    with pytest.raises(ValueError, match="a loader that has no length"):
         loop.fit(1, [LearningRate("linear")])
 
 
