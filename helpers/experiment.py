@@ -149,9 +149,9 @@ class Run:
         self._write("metrics.json", json.dumps(results, indent=1).encode())
         if storage.is_first_process():
             self._write("report.html", _render_report(self.url))
-        times = {"started": self.started.isoformat(), "finished": datetime.now(timezone.utc).isoformat()}
-        files = [name for name in storage.list_files(self.url) if name != "lease.json"]
-        self._write("manifest.json", json.dumps({**times, "files": files}, indent=1).encode())
+        manifest = {"started": self.started.isoformat(), "finished": datetime.now(timezone.utc).isoformat(),
+                    "files": [name for name in storage.list_files(self.url) if name != "lease.json"]}
+        self._write("manifest.json", json.dumps(manifest, indent=1).encode())
         with self.lock, suppress(NotFound):  # finished before
             self.finished = True
             storage.delete(f"{self.url}/lease.json")
@@ -210,26 +210,27 @@ def smaller_is_better(metric):
 def compare(url, metric=None):
     """The runs of a project (a folder of runs), or of a folder of projects: a `Comparison`, in Jupyter a table.
 
-    The best run is that of the best `metric`, by default the first number among the newest results.
+    The best run is that of the best `metric`, by default the first accuracy, loss or the like of the newest results.
     """
     url, names = str(url).rstrip("/"), {*storage.list_files(url)}
     runs = {name.rpartition("/")[0] for name in names if name.endswith("/hyperparameters.json")}
-    runs = [run for run in runs if not runs & {*map(str, PurePosixPath(run).parents)}]  # not those within a run
-    runs.sort(key=lambda run: (run.rpartition("/")[2], run), reverse=True)
+    runs = sorted((run for run in runs if not runs & {*map(str, PurePosixPath(run).parents)}),  # not those within a run
+                  key=lambda run: (run.rpartition("/")[2], run), reverse=True)
     with ThreadPoolExecutor(THREADS) as pool:
         asked = list(pool.map(lambda run: _load(f"{url}/{run}/hyperparameters.json"), runs))
-        results = pool.map(lambda run: _load(f"{url}/{run}/metrics.json") if f"{run}/metrics.json" in names else {}, runs)
+        ended = pool.map(lambda run: _load(f"{url}/{run}/metrics.json") if f"{run}/metrics.json" in names else {}, runs)
     differ = [name for name in _columns(asked)
               if len({json.dumps(values[name]) if name in values else "" for values in asked}) > 1]
     rows = [{"run": run, "finished": f"{run}/manifest.json" in names, "newest": run == runs[0], "best": False,
              "hyperparameters": {name: values[name] for name in differ if name in values},
              "metrics": {name: value for name, value in found.items()
                          if type(value) in (int, float) and math.isfinite(value)}}
-            for run, values, found in zip(runs, asked, results)]
+            for run, values, found in zip(runs, asked, ended)]
     metrics = _columns(row["metrics"] for row in rows)
     if metric and metrics and metric not in metrics:
         raise ValueError(f"No run at {url} has a metric {metric!r}; there are: {', '.join(metrics)}.")
-    return Comparison(url, rows, metric or next(iter(metrics), ""))
+    scores = [name for name in metrics if smaller_is_better(name) or re.search("acc|bleu|f1|mrr|recall|rouge", name)]
+    return Comparison(url, rows, metric or (scores + metrics + [""])[0])
 
 
 def _columns(rows):
@@ -271,15 +272,14 @@ def _render_report(run):
     curves = _read_curves(storage.read(f"{run}/history.csv").decode()) if "history.csv" in names else {}
     plots = {each[6:-4]: base64.b64encode(storage.read(f"{run}/{each}")).decode() for each in names
              if each.startswith("plots/") and each != "plots/history.png"}  # the page draws these curves itself
-    comparison = Comparison(folder, [], "")
+    values |= dict(url=run, name=name, curves=curves, plots=plots, comparison=Comparison(folder, [], ""))
     with suppress(StorageError):  # one of the other runs may be damaged
-        comparison = compare(folder)
-    page = _render("report.html.j2", url=run, name=name, curves=curves, plots=plots, comparison=comparison, **values)
-    return redact(page)[0].encode()
+        values["comparison"] = compare(folder)
+    return redact(_render("report.html.j2", **values))[0].encode()
 
 
 def _read_curves(text):
-    """{what was measured: {"train", "val", "test" or "": [(row, value), …]}} of a history.csv, where it is numbers."""
+    """{what was measured: {"train", "val", "test" or "": [(row, value), …]}} of a history.csv."""
     curves = {}
     for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""))):
         for column, value in row.items():

@@ -38,15 +38,15 @@ def test_09_trains_on_two_processes_and_rents_a_machine(embedded, tmp_path, buck
 
 def test_10_measures_what_it_says_side_by_side(embedded, tmp_path, bucket):
     before = dict(os.environ)
-    sizes = dict(rounds=1, epochs=1, batches=25, convert_rounds=1, convert_pairs=4, convert_preset="tiny", gpt2_steps=1,
+    sizes = dict(rounds=1, convert_rounds=1, convert_pairs=4, convert_preset="tiny", gpt2_steps=1,
                  loader_images=64, loader_seconds=0.01, loader_rounds=1, packed_images=64, packed_rounds=1, scaling=1000,
-                 delay=0.001, sections="images packed prefetch cache scaling loop convert gpt2 bot gpu")
+                 delay=0.001, sections="images packed prefetch cache scaling convert gpt2 bot gpu")
     results = execute("10", tmp_path, bucket=bucket, **sizes)
     for name in ("boto3 loop, at once", "boto3 loop, 1 ms", "s3torchconnector, at once", "share of the limit",
                  "packed_over_webdataset", "packed_over_litdata", "epoch_over_longer_of_fetch_and_compute",
-                 "cached_epoch_over_local_files", "trainloop_overhead", "trainer_overhead", "convert_speedup",
+                 "cached_epoch_over_local_files", "convert_speedup",
                  "gpt2_packing_speedup", "bot_batching_speedup"):
         assert results[name] > 0, name
-    assert results["convert_loss_difference"] < 1e-4 and results["max_abs_weight_difference"] < 1e-5
+    assert results["convert_loss_difference"] < 1e-4
     assert {"plots/loose_objects.png", "plots/packed.png"} <= storage.objects(results["run"]).keys()
     assert "images" not in storage.buckets() and dict(os.environ) == before, "it measures on a server of its own"
