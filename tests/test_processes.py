@@ -135,7 +135,7 @@ def test_two_processes_leave_one_run_and_one_notebook_that_of_process_0(trained)
     weights = {name for name in names if name.startswith("model/model-")}
     assert len(weights) == 1 and names - weights == {
         "hyperparameters.json", "environment.json", "code.py", "history.csv", "model/model.json", "metrics.json",
-        "manifest.json"}
+        "report.html", "manifest.json"}
     assert f"rank 0 of 2 on {os.uname().nodename}" in outputs_of(trained[2].executed)
     assert "rank None of None" in outputs_of(trained[1].executed)
     assert {path.name for path in trained[2].run.parent.parent.iterdir()} == {
