@@ -5,6 +5,7 @@ any other place. All of them follow the standard AWS environment, and so do pand
 """
 
 import functools
+import io
 import itertools
 import json
 import os
@@ -306,9 +307,16 @@ def parse(url):
 
 
 def progress(total, description, unit="B", **options):
-    """The progress bar used everywhere: text, so that it also shows in executed notebooks."""
-    return tqdm(total=total, desc=description, unit=unit, unit_scale=unit == "B", unit_divisor=1024, file=sys.stdout,
-                ncols=100, mininterval=0.25, **options)
+    """The progress bar used everywhere: a line of text, which in a notebook is one output that is updated in place."""
+    ipython = sys.modules.get("IPython")
+    kernel = getattr(ipython and ipython.get_ipython(), "kernel", None)
+    file, ascii = (io.StringIO(), False) if kernel else (sys.stdout, None)
+    bar = tqdm(total=total, desc=description, unit=unit, unit_scale=unit == "B", unit_divisor=1024, ncols=100,
+               mininterval=0.25, file=file, ascii=ascii, **options)
+    if kernel and not bar.disable:
+        shown = ipython.display.display({"text/plain": str(bar)}, raw=True, display_id=True)
+        bar.sp = lambda line: shown.update({"text/plain": line}, raw=True)
+    return bar
 
 
 # ---------------------------------------------------------------------------------------- several processes (torchrun)
