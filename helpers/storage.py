@@ -308,13 +308,14 @@ def parse(url):
 
 def progress(total, description, unit="B", **options):
     """The progress bar used everywhere: a line of text, which in a notebook is one output that is updated in place."""
-    ipython = sys.modules.get("IPython")
-    kernel = getattr(ipython and ipython.get_ipython(), "kernel", None)
+    kernel = type(sys.stdout).__module__ == "ipykernel.iostream"  # not where a cell redirects or captures its output
     file, ascii = (io.StringIO(), False) if kernel else (sys.stdout, None)
     bar = tqdm(total=total, desc=description, unit=unit, unit_scale=unit == "B", unit_divisor=1024, ncols=100,
                mininterval=0.25, file=file, ascii=ascii, **options)
     if kernel and not bar.disable:
-        shown = ipython.display.display({"text/plain": str(bar)}, raw=True, display_id=True)
+        from IPython.display import display
+
+        shown = display({"text/plain": str(bar)}, raw=True, display_id=True)
         bar.sp = lambda line: shown.update({"text/plain": line}, raw=True)
     return bar
 
