@@ -8,7 +8,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is there; kernel
 # processes as there are cores, and threads that wait for each other on a core take several times as long
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 from helpers import storage  # noqa: E402
 from servers import ceph, moto  # noqa: E402
@@ -17,6 +16,11 @@ from servers.embedded import connected  # noqa: E402
 
 LONGEST = ("test_notebooks.py", "test_notebooks_models.py", "test_training_exact.py", "test_processes.py", "test_rent.py",
            "test_storage.py", "test_bot.py", "test_run.py", "test_convert.py")  # first, so that none is left for the end
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: large by nature; left out unless asked for with `-m slow` (make test-slow)")
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 def pytest_collection_modifyitems(items):
@@ -83,6 +87,8 @@ def every(tmp_path):
 @pytest.fixture(scope="module")
 def one_thread():
     """PyTorch on one thread: more change the order of sums, and so the last bits, and wait long on a busy machine."""
+    import torch  # here: half of the files do without
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
