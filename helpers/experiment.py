@@ -165,7 +165,7 @@ def _choose(url, new, hyperparameters, code):
     for run in reversed(runs):
         if (f"{run}/manifest.json" not in names and f"{run}/code.py" in names
                 and _load(f"{url}/{run}/hyperparameters.json") == hyperparameters
-                and storage.read(f"{url}/{run}/code.py") == code and not _is_written(f"{url}/{run}")):
+                and storage.read(f"{url}/{run}/code.py") == code and _claim(f"{url}/{run}")):
             lines = storage.read(f"{url}/{run}/history.csv").splitlines() if f"{run}/history.csv" in names else [""]
             print(f"continuing run {url}/{run}, from epoch {len(lines)}")
             return f"{url}/{run}"
@@ -178,28 +178,38 @@ def _write_lease(run):
     storage.write(f"{run}/lease.json", json.dumps(lease).encode())
 
 
+def _is_mine(lease):
+    return (lease["host"], lease["pid"]) == (socket.gethostname(), os.getpid())
+
+
 def _renew_lease(reference):
     """Renew a run's lease until the run is finished, another process's, or nobody's any more."""
     while (run := reference()) and not (run.finished or run.lost):
         with run.lock, suppress(Exception):  # the store may answer the next time; a finished run has no lease
             lease = _load(f"{run.url}/lease.json")
-            run.lost = (lease["host"], lease["pid"]) != (socket.gethostname(), os.getpid())
+            run.lost = not _is_mine(lease)
             if not run.lost:
                 _write_lease(run.url)
         del run  # or it would never be nobody's
         time.sleep(LEASE / 4)
 
 
-def _is_written(run):
-    """Whether another process is alive that writes this run: on this machine, or one that renews its lease."""
-    if "lease.json" not in storage.list_files(run):
-        return False
-    lease = _load(f"{run}/lease.json")
-    if lease["host"] == socket.gethostname() and (lease["pid"] == os.getpid() or not psutil.pid_exists(lease["pid"])):
-        return False
-    print(f"waiting {LEASE} s to see whether {lease['host']} still writes {run}")
-    time.sleep(LEASE)
-    return "lease.json" not in storage.list_files(run) or _load(f"{run}/lease.json") != lease
+def _claim(run):
+    """Whether this process may write a run: no other does, and of several that claim it now this is the last one."""
+    if "lease.json" in storage.list_files(run):
+        lease = _load(f"{run}/lease.json")
+        if _is_mine(lease):
+            return True
+        if lease["host"] != socket.gethostname():
+            print(f"waiting {LEASE} s to see whether {lease['host']} still writes {run}")
+            time.sleep(LEASE)
+            if "lease.json" in storage.list_files(run) and _load(f"{run}/lease.json") != lease:
+                return False
+        elif psutil.pid_exists(lease["pid"]):
+            return False
+    _write_lease(run)
+    time.sleep(LEASE / 60)  # whoever saw the run without an owner, too, has written its lease by then
+    return _is_mine(_load(f"{run}/lease.json"))
 
 
 def smaller_is_better(metric):

@@ -224,6 +224,23 @@ def test_the_run_of_another_machine_is_continued_only_when_its_lease_is_not_rene
         assert "see whether elsewhere still writes" in capsys.readouterr().out
 
 
+def test_of_two_processes_that_find_a_dead_run_at_the_same_moment_one_continues_it(monkeypatch):
+    monkeypatch.setattr(experiment, "LEASE", 6)
+    dead, write_lease = "memory://both/2026-01-01", experiment._write_lease
+    storage.write(f"{dead}/hyperparameters.json", b'{"a": 1}')
+    storage.write(f"{dead}/code.py", experiment._code())
+
+    def write_and_be_overtaken(run):
+        write_lease(run)
+        if run == dead:  # the other one saw no lease either
+            storage.write(f"{run}/lease.json", json.dumps({"host": "elsewhere", "pid": 1, "renewed": 1}).encode())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "_write_lease", write_and_be_overtaken)
+        assert experiment.Run("memory://both", a=1).url != dead
+    assert json.loads(storage.read(f"{dead}/lease.json"))["host"] == "elsewhere"
+
+
 def test_a_process_that_stood_still_for_long_does_not_write_what_another_has_taken_over(monkeypatch):
     monkeypatch.setattr(experiment, "LEASE", 0.2)
     run = experiment.Run("memory://asleep", a=1)
