@@ -2,7 +2,7 @@
 
     python -m helpers run                       every notebook of notebooks/
     python -m helpers run 02 03 -p epochs 3     some of them, with another value for a parameter
-    python -m helpers run 02 --processes 2      on several processes; notebook 09 explains how
+    python -m helpers run 02 -p epochs 3,6 -p batch_size 32,64 --sweep      once for each combination
 
 Executed notebooks, their HTML and an index.html go to runs/{date_time}/, or to the folder or URL of --output. A
 notebook that fails does not stop the next one. Exit code: 0 when all succeeded, 1 when one failed, 2 for a notebook or
@@ -11,8 +11,8 @@ parameter that does not exist, 130 when interrupted.
 
 import argparse
 import contextlib
-import functools
 import importlib.metadata
+import itertools
 import logging
 import os
 import platform
@@ -32,15 +32,12 @@ import papermill
 from bleach.css_sanitizer import CSSSanitizer
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters import strip_ansi
-from nbformat import NotebookNode
+from papermill.cli import _resolve_type as parse_value
 
 from helpers import storage
-
-BAR = {"bar_format": "{desc} |{bar}| {n}/{total} cells, {elapsed}", "dynamic_ncols": True, "leave": False,
-       "disable": None}  # None: no bar without a terminal
-TEMPLATES = storage.REPOSITORY / "helpers"  # page.html.j2 for a notebook, index.html.j2 for the run
 
 
 class RunError(Exception):
@@ -52,17 +49,18 @@ class Outcome:
     """How one notebook went; `status` is "ok", "FAILED", or "interrupted" for the one Ctrl-C stopped."""
 
     notebook: str  # a path or URL
+    parameters: dict = field(default_factory=dict)
+    name: str = ""  # of its file in the output
+    previous: str = ""  # the names of the runs before and after this one
+    next: str = ""
     status: str = "interrupted"
     seconds: float = 0.0
     error: str = ""  # cell 7 (In [5]): ErrorName: message
     source: str = ""  # the first lines of that cell
+    report: bool = False  # whether there is a {name}_report.html, the page of its experiment.Run
     title: str = ""  # empty without an HTML page to link to
     results: dict = field(default_factory=dict)
     figures: list[str] = field(default_factory=list)  # data: URLs of the first and the last figure
-
-    @property
-    def name(self):
-        return self.notebook.rsplit("/")[-1]
 
 
 class OwnKernel(AsyncKernelManager):
@@ -79,20 +77,19 @@ def run_papermill(notebook, target, parameters):
         extra_arguments=["--log-level=CRITICAL"],  # else kernels write into the progress bar
         cwd=storage.REPOSITORY / "notebooks" if "://" in str(notebook) else Path(notebook).resolve().parent,
         iopub_timeout=60,  # seconds a busy machine may take to deliver a cell's last output; the default is 4
-        coalesce_streams=True,  # of a cell's progress bar, keep the last state
-        progress_bar=BAR | {"desc": Path(notebook).stem} if target else False)
+        coalesce_streams=True,  # of a library's progress bar, keep the last state
+        progress_bar=target and {"desc": Path(notebook).stem, "leave": False, "disable": None})  # None: in a terminal
 
 
-def run_notebooks(notebooks, parameters, output, execute=run_papermill):
+def run_notebooks(notebooks, parameters, output, execute=run_papermill, sweep=False):
     """Execute notebooks one after the other into `output`, a folder or URL, with an index.html of how they went.
 
     parameters: {name: value}, each passed to the notebooks that have it; ValueError for one that no notebook has.
     output: None keeps nothing (all machines but the first). execute: like run_papermill, how one notebook is executed.
-    Returns their Outcomes.
+    sweep: the values are lists; run each combination of those a notebook has. Returns the Outcomes.
     """
     storage.connect()  # once: the kernels inherit the environment, so all notebooks see the same S3
-    notebooks = [str(notebook) for notebook in notebooks]
-    selected = select_parameters(notebooks, parameters)
+    planned = plan_runs([str(notebook) for notebook in notebooks], parameters, sweep)
     if output and "://" not in str(output):
         Path(output).mkdir(parents=True, exist_ok=True)
         if Path(output).parent.name == "runs":
@@ -102,37 +99,46 @@ def run_notebooks(notebooks, parameters, output, execute=run_papermill):
                 latest.symlink_to(Path(output).name, target_is_directory=True)
     outcomes, started = [], time.monotonic()
     try:
-        for notebook in notebooks:
-            outcomes.append(Outcome(notebook))
+        for outcome in planned:
+            outcomes.append(outcome)
             try:
-                run_notebook(outcomes[-1], selected[notebook], output, execute)
+                run_notebook(outcome, output, execute)
             finally:  # after Ctrl-C too
                 if output:
-                    storage.write(f"{output}/index.html", render_index(outcomes, len(notebooks)).encode())
+                    storage.write(f"{output}/index.html", render_index(outcomes, len(planned)).encode())
     finally:
         good = sum(outcome.status == "ok" for outcome in outcomes)
-        print(f"{good} of {len(notebooks)} notebooks succeeded, in {format_duration(time.monotonic() - started)}")
+        print(f"{good} of {len(planned)} notebooks succeeded, in {format_duration(time.monotonic() - started)}")
         print(f"Results: {output}/index.html" if output else "Results are on the first machine.", flush=True)
     return outcomes
 
 
-def select_parameters(notebooks, parameters):
-    """For each notebook, those of the parameters that it has. Raises ValueError for one that no notebook has."""
+def plan_runs(notebooks, parameters, sweep=False):
+    """The Outcomes to be, with those of the parameters that each notebook has. ValueError for one that none has."""
     known = {notebook: papermill.inspect_notebook(notebook) if parameters else {} for notebook in notebooks}
     names = set().union(*known.values())
     if unknown := set(parameters) - names:
-        there = ", ".join(sorted(names)) or "none"
-        raise ValueError(f"no parameter {', '.join(sorted(unknown))} in these notebooks; there are: {there}")
-    return {notebook: {k: v for k, v in parameters.items() if k in known[notebook]} for notebook in notebooks}
+        raise ValueError(f"no parameter {', '.join(sorted(unknown))} in these notebooks; there are: "
+                         + (", ".join(sorted(names)) or "none"))
+    outcomes = []
+    for notebook in notebooks:
+        own = {name: value for name, value in parameters.items() if name in known[notebook]}
+        choices = list(itertools.product(*own.values())) if sweep else [own.values()]
+        for i, values in enumerate(choices, 1):
+            name = Path(notebook).stem + (f"-{i:02}" if len(choices) > 1 else "") + ".ipynb"
+            outcomes.append(Outcome(notebook, dict(zip(own, values)), name))
+    for one, other in itertools.pairwise(outcomes):
+        one.next, other.previous = other.name, one.name
+    return outcomes
 
 
-def run_notebook(outcome, parameters, output, execute):
+def run_notebook(outcome, output, execute):
     """Execute one notebook and note in `outcome` how it went. Raises nothing but KeyboardInterrupt."""
     target, started, error = output and f"{output}/{outcome.name}", time.monotonic(), None
     if not sys.stderr.isatty():  # there is no bar then, so say what runs
         print(f"{outcome.name.removesuffix('.ipynb')} ...", flush=True)
     try:
-        execute(outcome.notebook, target, parameters)
+        execute(outcome.notebook, target, outcome.parameters)
         outcome.status = "ok"
     except Exception as exception:  # an error in a cell, a dead kernel, a file that is not a notebook
         outcome.status, error = "FAILED", exception
@@ -141,14 +147,11 @@ def run_notebook(outcome, parameters, output, execute):
         raise
     finally:
         outcome.seconds = time.monotonic() - started
-        if error:
-            outcome.error = describe_error(error)[0]
+        outcome.error = describe_error(error)[0] if error else ""
         if target:
             publish(outcome, target, error)
-        print(f"{outcome.status:6} {outcome.name}, {outcome.error or format_duration(outcome.seconds)}")
-        if outcome.source:
-            print(textwrap.indent(outcome.source, "       | ", lambda line: True))
-        sys.stdout.flush()
+        print(f"{outcome.status:6} {outcome.name}, {outcome.error or format_duration(outcome.seconds)}",
+              *(f"       | {line}" for line in outcome.source.splitlines()), sep="\n", flush=True)
 
 
 def publish(outcome, target, error):
@@ -158,15 +161,17 @@ def publish(outcome, target, error):
         if leaked:
             storage.write(target, text.encode())
         executed = nbformat.reads(text, as_version=4)
-        if error:
-            outcome.error, outcome.source = describe_error(error, executed)
+        outcome.error, outcome.source = describe_error(error, executed) if error else ("", "")
         outcome.figures = find_figures(executed)
         with contextlib.suppress(ValueError):  # a notebook without results is fine here
             outcome.results = read_results(executed)
-        resources = {"metadata": {"name": Path(outcome.name).stem, "path": outcome.notebook.rpartition("/")[0]}}
-        html = storage.redact(exporter().from_notebook_node(executed, resources)[0])[0]
-        storage.write(target.removesuffix(".ipynb") + ".html", html.encode())
+        stem = target.removesuffix(".ipynb")
+        storage.write(f"{stem}.html", render_page(outcome, executed).encode())
         outcome.title = find_title(executed) or Path(outcome.name).stem
+        with contextlib.suppress(storage.StorageError, KeyError):  # the page about its experiment.Run, beside this one
+            url = outcome.results.get("run") or outcome.results["run_url"]
+            storage.write(f"{stem}_report.html", storage.read(f"{url}/report.html"))
+            outcome.report = True
         if leaked:
             outcome.status, names = "FAILED", ", ".join(sorted(leaked))
             outcome.error = f"the notebook showed {names}, replaced by ***" + (outcome.error and f"; {outcome.error}")
@@ -188,13 +193,13 @@ def describe_error(error, executed=None):
     if not begun:  # not even the kernel came up
         return line, ""
     source = begun[-1].source.splitlines()
-    shown = source[:6] + ["..."] if len(source) > 6 else source
-    return f"In [{begun[-1].get('execution_count') or '*'}]: {line}", "\n".join(shown)
+    return (f"In [{begun[-1].get('execution_count') or '*'}]: {line}",
+            "\n".join(source[:6] + ["..."] * (len(source) > 6)))
 
 
 def read_results(notebook):
     """The `results` of an executed notebook (path or node): the last JSON that a code cell of it displayed."""
-    executed = notebook if isinstance(notebook, NotebookNode) else nbformat.read(notebook, as_version=4)
+    executed = notebook if isinstance(notebook, nbformat.NotebookNode) else nbformat.read(notebook, as_version=4)
     shown = [data["application/json"] for data in read_outputs(executed) if "application/json" in data]
     if not shown or not isinstance(shown[-1], dict):
         name = "this notebook" if executed is notebook else notebook
@@ -210,16 +215,14 @@ def read_outputs(notebook):
 
 def find_title(notebook):
     """The first heading, without its Markdown marks."""
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    heading = re.search(r"^#+ +(.+)$", text, re.MULTILINE)
+    heading = re.search(r"(?m)^#+ +(.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"))
     return re.sub(r"[`*]", "", heading[1]) if heading else ""
 
 
 def find_figures(notebook):
     """The first and the last figure as data: URLs (one when there is only one)."""
-    kinds = ("image/png", "image/jpeg")
-    shown = [(kind, data[kind]) for data in read_outputs(notebook) for kind in kinds if kind in data]
-    urls = [f"data:{kind};base64,{''.join(pixels.split())}" for kind, pixels in shown]
+    urls = [f"data:{kind};base64,{''.join(data[kind].split())}" for data in read_outputs(notebook)
+            for kind in ("image/png", "image/jpeg") if kind in data]
     return urls[:1] + urls[1:][-1:]
 
 
@@ -230,26 +233,40 @@ def format_duration(seconds):
 
 
 def sanitize(html):
-    """HTML made of Markdown that a cell displayed, without scripts: a class or a file may have any name."""
-    attributes = {"*": ["class", "id"], "a": ["href"], "img": ["src", "alt"], "td": ["style"], "th": ["style"]}
+    """HTML that a cell displayed, without scripts: a class or a file may have any name."""
+    attributes = {"*": ["class", "id", "style", "colspan"], "a": ["href"], "img": ["src", "alt"]}
     tags = bleach.ALLOWED_TAGS | set("h1 h2 h3 h4 p div span pre br hr img table thead tbody tr th td del".split())
-    return bleach.clean(html, tags, attributes, css_sanitizer=CSSSanitizer(["text-align"]))
+    return bleach.clean(html, tags, attributes, {*bleach.ALLOWED_PROTOCOLS, "data"},  # data: pictures
+                        css_sanitizer=CSSSanitizer(["text-align"]))
 
 
-@functools.cache
-def exporter():
-    template = (TEMPLATES / "page.html.j2").read_text(encoding="utf-8")
-    return HTMLExporter(embed_images=True, raw_template=template, filters={"sanitize": sanitize})
+EXPORTER = HTMLExporter(embed_images=True, filters={"sanitize": sanitize},
+                        raw_template=storage.REPOSITORY.joinpath("helpers/page.html.j2").read_text(encoding="utf-8"))
+
+
+def list_facts():
+    """When, where and with which versions this runs."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "obstore", "s3fs")]
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return [f"{datetime.now():%A, %d %B %Y, %H:%M}", machine, f"Python {platform.python_version()}", *versions]
+
+
+def render_page(outcome, executed):
+    """An executed notebook as HTML that asks for nothing outside; links to other notebooks lead to their pages."""
+    for cell in executed.cells:
+        if cell.cell_type == "markdown":  # $$…$$ as MathML, which browsers show by themselves
+            cell.source = re.sub(r"(?s)\$\$(.+?)\$\$", lambda match: f"<p>{convert(match[1])}</p>", cell.source)
+    resources = {"metadata": {"name": Path(outcome.name).stem, "path": outcome.notebook.rpartition("/")[0]},
+                 "outcome": outcome, "facts": list_facts()}
+    html = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', EXPORTER.from_notebook_node(executed, resources)[0])
+    return storage.redact(re.sub(r'<a href="\.\./[^"]*">(.*?)</a>', r"\1", html))[0]  # the sources are not beside it
 
 
 def render_index(outcomes, total):
     """The page of a run: a card per notebook."""
-    cores = getattr(os, "process_cpu_count", os.cpu_count)()
-    facts = [f"{datetime.now():%A, %d %B %Y, %H:%M}", f"{platform.system()} {platform.machine()}, {cores} cores",
-             f"Python {platform.python_version()}", f"torch {importlib.metadata.version('torch')}"]
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        (TEMPLATES / "index.html.j2").read_text(encoding="utf-8"))
-    return template.render(outcomes=outcomes, total=total, facts=facts, format_duration=format_duration)
+    template = jinja2.Template(storage.REPOSITORY.joinpath("helpers/index.html.j2").read_text(encoding="utf-8"),
+                               autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return template.render(outcomes=outcomes, total=total, facts=list_facts(), format_duration=format_duration)
 
 
 def pick(picks):
@@ -271,21 +288,13 @@ def pick(picks):
     return chosen
 
 
-def parse_value(text):
-    """A value of the command line, read as papermill's own -p reads it."""
-    if text in ("True", "False", "None"):
-        return {"True": True, "False": False, "None": None}[text]
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
 def make_parser():
     parser = argparse.ArgumentParser(prog="python -m helpers run", description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", help="numbers, names, paths or s3:// URLs; all of notebooks/ without")
     parser.add_argument("-p", nargs=2, action="append", default=[], dest="parameters", metavar=("NAME", "VALUE"),
                         help="a parameter, for each of these notebooks that has it")
+    parser.add_argument("--sweep", action="store_true",
+                        help="values with commas between them: run each combination, and compare the results")
     parser.add_argument("-o", "--output", help="folder or s3:// URL for the results; by default in runs/")
     return parser
 
@@ -298,8 +307,9 @@ def main(argv=None, parser=None, prepare=None):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: kernels are ended, results are written
     try:
-        parameters = {name: parse_value(value) for name, value in given.parameters}
-        options = dict(output=given.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+        parameters = {name: [parse_value(one) for one in value.split(",")] if given.sweep else parse_value(value)
+                      for name, value in given.parameters}
+        options = dict(output=given.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}", sweep=given.sweep)
         outcomes = run_notebooks(pick(given.notebooks), parameters, **options | (prepare(given) if prepare else {}))
     except ValueError as error:
         parser.error(str(error))
@@ -308,7 +318,3 @@ def main(argv=None, parser=None, prepare=None):
     except KeyboardInterrupt:
         return 130
     return int(any(outcome.status != "ok" for outcome in outcomes))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

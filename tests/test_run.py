@@ -10,9 +10,11 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from shutil import which
 from types import SimpleNamespace
 
 import nbformat
+import papermill
 import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -73,7 +75,8 @@ def finished(tmp_path_factory, environment):
           SHOW + f"import base64\npixel = base64.b64decode('{PIXEL}')",
           "for end in (b'first', b'middle', b'final'):\n    display(Image(data=pixel + end))",
           "display(JSON({'not': 'the last'}))",
-          "display(JSON({'epochs': epochs, 'kind': type(epochs).__name__, 'loss': 0.123456, 'tag': '<i>'}))",
+          "results = {'epochs': epochs, 'val_loss': 0.123456, 'model_bytes': 3054499, 'loop_seconds': 65.0}",
+          "display(JSON(results | {'kind': type(epochs).__name__, 'tag': '<i>', 'model': 's3://a/b'}))",
           "print('the end')")
     write(notebooks, "02_fails.ipynb", "# Fails", "#parameters\nepochs = 1", "x = 1\n'<u>'\n" + "x += 1\n" * 9 +
           "raise ValueError('\\x1b[31m<b>red</b>\\x1b[0m\\nand more')", "print('not reached')")
@@ -81,7 +84,8 @@ def finished(tmp_path_factory, environment):
     write(notebooks, "04_leaks.ipynb", "# Leaks",
           "import os\nsecret = os.environ['AWS_SECRET_ACCESS_KEY']\nprint(secret)", "secret",
           "from urllib.parse import quote\nprint('http://host/?x=' + quote(secret, safe=''))\nraise KeyError(secret)")
-    write(notebooks, "05_after.ipynb", "# After", "print('ran')", "# No formula: 5")
+    write(notebooks, "05_after.ipynb", "# After", "print('ran')",
+          "# It:\n\n## A *part* of it\n\n$$\\frac{1}{2}$$\n\n[first](01_good.ipynb) [the source](../helpers/x.py)")
     other = folder / "other" / "kernels" / "python3"
     other.mkdir(parents=True)
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Other", "language": "python"}
@@ -168,7 +172,8 @@ def test_parameters_reach_the_notebooks_that_have_them(finished):
 
 def test_results_are_those_of_the_last_cell_that_shows_json(finished):
     path = finished.output / "01_good.ipynb"
-    expected = {"epochs": 3, "kind": "int", "loss": 0.123456, "tag": "<i>"}
+    expected = {"epochs": 3, "val_loss": 0.123456, "model_bytes": 3054499, "loop_seconds": 65.0, "kind": "int",
+                "tag": "<i>", "model": "s3://a/b"}
     for notebook in path, str(path), nbformat.read(path, as_version=4):
         assert run.read_results(notebook) == expected
     with pytest.raises(ValueError, match="05_after.ipynb shows no results"):
@@ -184,9 +189,12 @@ def test_index_shows_titles_results_and_figures(finished):
     assert card.select_one("h2").get_text() == "A good <one> & more" and not card.select("one, i")
     assert card.select_one("h2 a")["href"] == "01_good.html"
     assert [pill.get_text() for pill in finished.page.select(".pill")] == ["ok", "FAILED", "FAILED", "FAILED", "ok"]
-    table = {row.select("td")[0].get_text(): row.select("td")[1].get_text() for row in card.select("tr")}
-    assert table == {"epochs": "3", "kind": "int", "loss": "0.1235", "tag": "<i>"}
-    images = [image["src"] for image in card.select('.figures a[href="01_good.html"] img')]
+    shown = {pair.dt.get_text(): pair.dd.get_text() for pair in card.select("dl div")}
+    assert shown == {"epochs": "3", "validation loss": "0.123", "model bytes": "3.1 MB", "loop seconds": "1 min 5 s",
+                     "kind": "int", "tag": "<i>", "model": "s3://a/bcopy"}
+    assert card.select_one("[data-copy]")["data-copy"] == "s3://a/b"
+    assert [link["href"] for link in finished.page.select("nav a")] == [f"#{name[:-6]}" for name in finished.cards]
+    images = [image["src"] for image in card.select(".figures img")]
     assert [image[:22] for image in images] == ["data:image/png;base64,"] * 2
     assert [base64.b64decode(image[22:])[-5:] for image in images] == [b"first", b"final"]
     header = finished.page.select_one("header").get_text()
@@ -197,18 +205,35 @@ def test_pages_are_whole_and_need_no_network(finished):
     assert sorted(path.suffix for path in finished.output.iterdir()) == [".html"] * 6 + [".ipynb"] * 5
     for path in finished.output.glob("*.html"):
         page = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-        assert not page.select("[src^=http], link[href]"), path
-        assert not page.select("script"), path
+        assert not page.select("[src^=http], link[href], script[src]"), path
+        assert path.name == "index.html" or not page.select("script"), path
         for link in page.select("a[href]"):
-            assert link["href"].startswith("#") or (path.parent / link["href"]).exists(), link
+            target, _, anchor = link["href"].partition("#")
+            assert (path.parent / target).exists() if target else page.find(id=anchor), link
     text = (finished.output / "01_good.html").read_text(encoding="utf-8")
     assert '"epochs": 3' in text and "JSON object" not in text  # the results can be read
 
 
-def test_formulas_may_ask_for_mathjax():
-    page = run.exporter().from_notebook_node(new_notebook(cells=[new_markdown_cell(r"$\sqrt{N}$")]))[0]
-    script, = BeautifulSoup(page, "html.parser").select("script[src]")
-    assert "mathjax" in script["src"] and script.has_attr("async")
+def test_a_page_leads_on_and_says_what_made_it(finished):
+    page = BeautifulSoup((finished.output / "02_fails.html").read_text(encoding="utf-8"), "html.parser")
+    before, after = page.select_one("[rel=prev]"), page.select_one("[rel=next]")
+    assert (before["href"], after["href"]) == ("01_good.html", "03_dies.html")
+    nav = page.select_one("nav.contents").get_text()
+    assert "epochs = 3" in nav and f"Python {sys.version.split()[0]}" in nav
+    page = BeautifulSoup((finished.output / "05_after.html").read_text(encoding="utf-8"), "html.parser")
+    assert [link["href"] for link in page.select('.contents > a')] == ["#A-part-of-it"]
+    assert page.select_one("math mfrac") and page.select_one("main > div a[href='01_good.html']")
+    assert "the source" in page.get_text() and not page.select("a[href^='..']")
+
+
+@pytest.mark.skipif(not which("chromium"), reason="chromium is not installed here")
+def test_the_index_fits_a_telephone(finished, tmp_path):
+    page = (finished.output / "index.html").read_text(encoding="utf-8")
+    width = "<script>document.title = document.documentElement.scrollWidth</script></body>"
+    (tmp_path / "index.html").write_text(page.replace("</body>", width).replace("s3://a/b", "s3://" + "a" * 90))
+    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,900", "--dump-dom"]
+    dom = subprocess.run([*words, tmp_path / "index.html"], capture_output=True, text=True, timeout=60).stdout
+    assert "<title>400</title>" in dom
 
 
 def test_widgets_are_left_out():
@@ -216,7 +241,7 @@ def test_widgets_are_left_out():
     state = {"application/vnd.jupyter.widget-state+json": {"state": {"1": {}}, "version_major": 2, "version_minor": 0}}
     cell = new_code_cell("", outputs=[new_output("display_data", data=view)])
     notebook = new_notebook(cells=[cell], metadata={"widgets": state})
-    assert not BeautifulSoup(run.exporter().from_notebook_node(notebook)[0], "html.parser").select("script")
+    assert not BeautifulSoup(run.EXPORTER.from_notebook_node(notebook)[0], "html.parser").select("script")
 
 
 def test_picks(tmp_path, monkeypatch):
@@ -259,13 +284,6 @@ def test_no_s3_is_said_in_a_line(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 1 and capsys.readouterr().err == "nothing answers\n"
 
 
-def test_values_are_typed_as_papermill_does():
-    from papermill.cli import _resolve_type
-
-    for text in ("3", "-1", "1e-3", "True", "False", "None", "true", "s3://b/x", "", "nan", "1_000", "03"):
-        assert repr(run.parse_value(text)) == repr(_resolve_type(text))
-
-
 def test_run_from_python(tmp_path, monkeypatch):
     """connect() comes before the kernels; a file that is no notebook, or one that only leaks, is a failure as well."""
     monkeypatch.setattr(run.storage, "connect", lambda: monkeypatch.setenv("AWS_ENDPOINT_URL", "http://from.connect"))
@@ -291,7 +309,7 @@ def test_interrupt_leaves_a_whole_page(tmp_path, environment):
           "import os, time\nprint(os.getpid(), file=open('begun', 'w'), flush=True)\ntime.sleep(300)", "'after'")
     write(tmp_path / "notebooks", "03_never.ipynb", "# Never", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its child
-    process = subprocess.Popen([sys.executable, "-m", "helpers.run"], cwd=tmp_path, env=environment,
+    process = subprocess.Popen([sys.executable, "-m", "helpers", "run"], cwd=tmp_path, env=environment,
                                stdout=subprocess.PIPE, text=True)
     try:
         begun, patience = tmp_path / "notebooks" / "begun", time.monotonic() + 60
@@ -315,13 +333,52 @@ def test_interrupt_leaves_a_whole_page(tmp_path, environment):
 
 
 def test_hostile_names_do_nothing_in_the_html():
-    hostile = "<img src=x onerror=alert(1)><script>alert(2)</script><a href='javascript:alert(3)'>b</a>"
-    table = f"| class | images |\n|---|--:|\n| {hostile} | **3** |\n\n```python\nprint(1)\n```"
-    cell = new_code_cell("", outputs=[new_output("display_data", data={"text/markdown": table, "text/plain": ""})])
-    page = BeautifulSoup(run.exporter().from_notebook_node(new_notebook(cells=[cell]))[0], "html.parser")
+    hostile = "<img src=x onerror=alert(1)><a href='javascript:alert(3)'>b</a>"
+    table = f"| class | images |\n|---|--:|\n| {hostile}<script>alert(2)</script> | **3** |\n\n```python\nprint(1)\n```"
+    given = [{"text/markdown": table}, {"text/html": f"<b>{hostile}</b>"}, {"application/javascript": "alert(4)"},
+             {"text/html": f"<script>alert(5)</script>{hostile}"}]
+    cell = new_code_cell("", outputs=[new_output("display_data", data=data) for data in given])
+    page = BeautifulSoup(run.EXPORTER.from_notebook_node(new_notebook(cells=[cell]))[0], "html.parser")
     assert not page.select("script, [onerror], [href^=javascript]")
     assert page.select_one("td strong").get_text() == "3" and len(page.select("th")) == 2 and page.select("pre")
-    assert page.select("td")[1]["style"].replace(" ", "").startswith("text-align:right")
+    assert page.select("td")[1]["style"].replace(" ", "").startswith("text-align:right") and page.select("b a")
+    frame, = page.select("iframe")  # which may run its own script, and reach nothing outside
+    assert frame["sandbox"] == ["allow-scripts"] or frame["sandbox"] == "allow-scripts"
+
+
+def test_a_sweep_runs_each_combination_and_compares_them(tmp_path, monkeypatch, environment):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.storage, "connect", lambda: None)
+    write(Path("notebooks"), "01_trains.ipynb", "# Trains", "#parameters\nrate = 1.0\nkind = 'x'\nrun = ''",
+          SHOW + "if rate == 2 and kind == 'b': raise ValueError('diverged')",
+          "display(JSON({'val_loss': rate / 8, 'kind': kind, 'run': run}))")
+    write(Path("notebooks"), "02_other.ipynb", "# Other", "1")
+    Path("mine").mkdir()
+    Path("mine/report.html").write_text("all about it")
+    assert run.main(["-p", "rate", "1.0,2", "-p", "kind", "a,b", "-p", "run", str(tmp_path / "mine"), "--sweep"]) == 1
+    names = [path.name for path in sorted(Path("runs/latest").glob("*.ipynb"))]
+    assert names == [f"01_trains-0{i}.ipynb" for i in (1, 2, 3, 4)] + ["02_other.ipynb"]
+    page = BeautifulSoup(Path("runs/latest/index.html").read_text(encoding="utf-8"), "html.parser")
+    rows = [[cell.get_text() for cell in row.select("td, th")] for row in page.select(".sweep tr")]
+    assert [row[:3] + row[4:] for row in rows] == [
+        ["run", "rate", "kind", "validation loss"], ["01_trains-01", "1.0", "a", "0.125"],
+        ["01_trains-02", "1.0", "b", "0.125"], ["01_trains-03", "2", "a", "0.25"],
+        ["01_trains-04 FAILED", "2", "b", ""]]
+    assert len(page.select("article")) == 5
+    report = page.select("article")[1].select_one("a[href$='_report.html']")["href"]  # of its run, put beside the page
+    assert Path("runs/latest", report).read_text() == "all about it"
+
+
+def test_a_progress_bar_is_one_output_under_papermills_own_command(tmp_path):
+    write(tmp_path, "loops.ipynb", "import io\nfrom contextlib import redirect_stdout\nfrom helpers import storage\n"
+          "with storage.progress(5, 'a loop') as bar:\n    for i in range(5):\n        bar.update()\n"
+          "        bar.refresh()\n        if i == 2: print('in between')\n"
+          "        with redirect_stdout(io.StringIO()), storage.progress(2, 'silenced') as other: other.update()")
+    executed = papermill.execute_notebook(tmp_path / "loops.ipynb", None, kernel_manager_class=run.OwnKernel,
+                                          progress_bar=False, cwd=tmp_path)
+    bar, said = executed.cells[0].outputs
+    assert "a loop: 100%" in bar.data["text/plain"] and "5.00/5.00" in bar.data["text/plain"]
+    assert said.text == "in between\n"
 
 
 def test_notebook_from_s3_to_s3_from_any_folder(embedded, tmp_path, monkeypatch, bucket):

@@ -21,7 +21,7 @@ import papermill
 from botocore.exceptions import BotoCoreError, ClientError
 
 from helpers import storage
-from helpers.run import parse_value, pick, select_parameters
+from helpers.run import parse_value, pick, plan_runs
 
 PROJECT = "s3-deep-learning-notebooks"  # the tag by which our machines are known
 
@@ -41,7 +41,7 @@ class Machine:
 
 def prepare_notebook(notebook, parameters, bucket):
     """The notebook with its parameters in it. Raises ValueError for an unknown parameter, or a secret."""
-    select_parameters([notebook], parameters)
+    plan_runs([notebook], parameters)
     if "bucket" in papermill.inspect_notebook(notebook):
         parameters = {"bucket": bucket} | parameters
     prepared = papermill.execute_notebook(notebook, None, parameters, prepare_only=True, progress_bar=False,
