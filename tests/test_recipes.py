@@ -1,5 +1,6 @@
 """What notebook 08's callbacks do, as their user sees it: fewer batches, files, warnings, mails. All on the CPU."""
 
+import importlib
 import inspect
 import json
 import math
@@ -29,13 +30,14 @@ from executed import BY_NUMBER, execute
 from helpers import callbacks, experiment, storage, training
 from helpers.callbacks import ClipGradients, LearningRate, SaveHistory
 from helpers.chapters import evaluation, recipes
-from helpers.chapters.recipes import (ConstantPrediction, DryRun, GradientStatistics, Notify, TensorBoard,
-                                      TerminateOnNaN)
+from helpers.chapters.recipes import (ConstantPrediction, DryRun, GradientStatistics, KeepBest, Notify, StartFrom,
+                                      TensorBoard, TerminateOnNaN, Track)
 from helpers.run import run_notebooks
 from helpers.training import Callback, TrainLoop
 from servers import free_port, moto
 from servers.embedded import connected
-from test_callbacks import LAST, Call, at, batches, cancel, fail, logged, make_loop, picture, raises, rows_of
+from test_callbacks import (LAST, Call, at, batches, cancel, fail, logged, make_loop, picture, raises, rows_of, same,
+                            script)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Requiring AUTH")]  # of aiosmtpd
 
@@ -354,6 +356,92 @@ def test_a_notice_holds_no_secret_of_the_environment(monkeypatch):
     with web_server() as (url, posted), pytest.raises(ValueError):
         make_loop().fit(1, [Notify(url), Call(before_fit=leak)])
     assert [text for _, _, text in posted] == ["Training failed after 0 steps: ValueError: cannot log in with ***"]
+
+
+# ------------------------------------------------------------------------------------ tracking, and states to choose from
+
+
+class Tracker:
+    """What wandb and trackio have in common."""
+
+    def __init__(self):
+        self.calls = []
+
+    def init(self, **options):
+        self.calls.append(options)
+
+    def log(self, values, step):
+        self.calls.append((step, values))
+
+    def finish(self):
+        self.calls.append("finished")
+
+
+@pytest.mark.parametrize("end", [None, fail, cancel])
+def test_a_tracker_gets_the_numbers_of_each_epoch_and_is_closed_however_training_ends(end):
+    tracker = Tracker()
+    ending = [Call(after_step=at(8, end))] * bool(end)
+    loop = make_loop()
+    with raises(end):
+        loop.fit(2, [Track(tracker, project="leaves"), script("val_matrix", [[[1, 2]]] * 2), *ending])
+    [options, *logged_rows, last] = tracker.calls
+    assert options == {"project": "leaves"} and last == "finished"
+    assert [step for step, _ in logged_rows] == ([1] if end else [1, 2])
+    row = {name: value for name, value in loop.history[0].items() if name != "val_matrix"}
+    assert logged_rows[0][1] == row and "val_loss" in row
+
+
+@pytest.mark.slow
+def test_trackio_itself_keeps_the_history(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # which it reads when it is imported
+    trackio = pytest.importorskip("trackio", reason="trackio is not installed: pip install '.[track]'")
+    loop = make_loop()
+    loop.fit(2, [Track(trackio, project="leaves", name="one")])
+    rows = importlib.import_module("trackio.sqlite_storage").SQLiteStorage.get_logs("leaves", "one")
+    assert [row["val_loss"] for row in rows if "val_loss" in row] == [row["val_loss"] for row in loop.history]
+
+
+@pytest.mark.parametrize("monitor, values, expected", [
+    ("val_loss", [5, 3, math.nan, 2, 4], [2, 4]), ("val_accuracy", [0.5, 0.9, 0.1, 0.2, 0.8], [2, 5])])
+def test_the_states_after_the_best_epochs_are_kept_and_no_others(monitor, values, expected, tmp_path):
+    make_loop().fit(5, [script(monitor, values), KeepBest(tmp_path, monitor, keep=2)])
+    assert sorted(storage.list_files(tmp_path)) == [f"epoch_{epoch:05d}.safetensors" for epoch in expected]
+
+
+def test_training_goes_on_from_a_chosen_state_as_it_went_on_from_there_before(tmp_path):
+    loop, again = make_loop(kind=torch.optim.AdamW), make_loop(kind=torch.optim.AdamW)
+    schedule = lambda: [LearningRate("cosine")]  # noqa: E731
+    loop.fit(4, [*schedule(), KeepBest(tmp_path, keep=4)])
+    again.fit(4, [*schedule(), StartFrom(f"{tmp_path}/epoch_00002.safetensors")])
+    assert same(loop.model, again.model) and [row["epoch"] for row in again.history] == [1, 2, 3, 4]
+    with pytest.raises(storage.NotFound, match="epoch_00009"):
+        make_loop().fit(4, [StartFrom(f"{tmp_path}/epoch_00009.safetensors")])
+
+
+# ------------------------------------------------------------------------------------------------ runs, drawn and opened
+
+
+def finished_run(url, accuracy, **hyperparameters):
+    run = experiment.Run(url, **hyperparameters)
+    run.finish({"val_accuracy": accuracy})
+    return run.url
+
+
+def test_runs_are_drawn_over_a_hyperparameter_with_the_best_as_a_star(tmp_path):
+    for rate, accuracy in ((0.001, 0.7), (0.01, 0.9), (1.0, 0.2)):
+        finished_run(tmp_path / "runs", accuracy, learning_rate=rate)
+    [axis] = recipes.plot_runs(experiment.compare(tmp_path / "runs"), "learning_rate").axes
+    dots, star = (points.get_offsets().tolist() for points in axis.collections)
+    assert sorted(dots) == [[0.001, 0.7], [0.01, 0.9], [1.0, 0.2]] and star == [[0.01, 0.9]]
+    assert axis.get_xscale() == "log" and (axis.get_xlabel(), axis.get_ylabel()) == ("learning_rate", "val_accuracy")
+    with pytest.raises(ValueError, match="No run .* 'width' .*there are: learning_rate, val_accuracy"):
+        recipes.plot_runs(experiment.compare(tmp_path / "runs"), "width")
+
+
+def test_a_report_is_shown_in_a_frame_that_runs_no_script(tmp_path):
+    page = recipes.show_report(finished_run(tmp_path / "runs", 0.5, note='"><script>alert(1)</script>')).data
+    assert "<iframe sandbox srcdoc=" in page and "<script" not in page and page.count('"') == 4
+    assert "val_accuracy" in page
 
 
 # --------------------------------------------------------------------------------------------------- every one is shown
