@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from queue import SimpleQueue
 from shutil import which
 from urllib.parse import quote, unquote, urlsplit
 
@@ -398,30 +399,59 @@ def delete_bucket(name, contents=False):
 
 
 def objects(url):
-    """The objects under a prefix: {name relative to it: {"path", "size", "e_tag", "last_modified"}}, by name.
+    """The objects under a prefix: {name relative to it: {"path", "size", "e_tag", "last_modified"}}, by name."""
+    prefix, items = parse(url)[1], itertools.chain.from_iterable(list_pages(url))
+    return {item["path"].removeprefix(f"{prefix}/"): item for item in sorted(items, key=lambda item: item["path"])}
 
-    They are listed folder by folder, 32 at once: a server gives a thousand in one answer, and the next after that.
+
+def list_pages(url, convert=list):
+    """The objects under a prefix, up to a thousand at a time, as lists or what `convert` makes of those in a thread.
+
+    A thousand is what one answer holds. Where there are more, folders are listed 32 at once, each from page to page,
+    unless they are so small that an answer covers 32 of them. The objects of one folder come in order.
     """
     bucket, prefix = parse(url)
 
-    def list_folder(folder):
-        return retry(lambda: obstore.list_with_delimiter(store(bucket), folder or None))
+    def list_page(folder, after, exact):
+        """One answer, and what to ask for next: [(folder, the key after which to go on, whether through boto3)]."""
+        if exact:  # slower than obstore, but every key: a//b, a/./b and a/, too
+            page = client(bucket).list_objects_v2(Bucket=bucket, Prefix=folder and f"{folder}/", StartAfter=after)
+            items = [{"path": item["Key"], "size": item["Size"], "e_tag": item["ETag"],
+                      "last_modified": item["LastModified"]} for item in page.get("Contents", ())]
+            following = [(folder, items[-1]["path"], True)] if page["IsTruncated"] else []
+            return [item for item in items if not item["path"].endswith("/")], following
+        items = next(obstore.list(store(bucket), folder or None, offset=after or None, chunk_size=1000), [])
+        if len(items) < 1000:
+            return items, []
+        names = (item["path"].removeprefix(f"{folder}/") for item in items)
+        if not after and 0 < len({name.split("/")[0] for name in names if "/" in name}) < THREADS:
+            level = obstore.list_with_delimiter(store(bucket), folder or None)
+            return level["objects"], [(name, "", False) for name in level["common_prefixes"]]
+        if not items[-1]["size"]:  # perhaps the marker of a folder: obstore drops the slash at its end
+            return list_page(folder, after, True)
+        return items, [(folder, items[-1]["path"], False)]
 
-    items, folders = [], [prefix]
-    with translate_errors(url), ThreadPoolExecutor(THREADS) as pool:
+    def convert_page(task):
         try:
-            while folders:
-                levels = list(pool.map(list_folder, folders))
-                items += itertools.chain.from_iterable(level["objects"] for level in levels)
-                folders = [folder for level in levels for folder in level["common_prefixes"]]
+            items, following = retry(lambda: list_page(*task))
         except BaseError as error:
             if "Error parsing" not in str(error):
                 raise
-            items = [{"path": item["Key"], "size": item["Size"], "e_tag": item["ETag"],
-                      "last_modified": item["LastModified"]}
-                     for item in _list_keys(bucket, prefix) if not item["Key"].endswith("/")]
-    items.sort(key=lambda item: item["path"])
-    return {item["path"].removeprefix(f"{prefix}/"): item for item in items}
+            items, following = list_page(*task[:2], True)
+        return convert(items), len(items), following
+
+    pool, done, running, tasks = ThreadPoolExecutor(THREADS), SimpleQueue(), 0, [(prefix, "", False)]
+    try:
+        with translate_errors(url), progress(None, f"listing {url}", "object", delay=2) as bar:
+            while tasks or running:
+                for task in tasks:
+                    pool.submit(convert_page, task).add_done_callback(done.put)
+                running += len(tasks) - 1
+                page, count, tasks = done.get().result()
+                bar.update(count)
+                yield page
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _list_keys(bucket, prefix):
