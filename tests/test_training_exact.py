@@ -7,15 +7,15 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
+import fsspec
 import pytest
 import safetensors.torch
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
+from servers import free_port
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -43,32 +43,6 @@ def labels(count, seed=1):
 
 
 # -------------------------------------------------------------------------------------------------- kinds of models
-
-
-class LSTMClassifier(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 3)
-
-    def forward(self, inputs):
-        return self.head(self.lstm(inputs)[0][:, -1])
-
-
-def test_an_lstm_classifier_trains_to_the_weights_of_a_plain_loop():
-    data, models = TensorDataset(noise(20, 6, 4), labels(20)), []
-    for _ in range(2):
-        torch.manual_seed(0)
-        models.append(LSTMClassifier())
-    mine, plain = models
-    optimizer = torch.optim.RMSprop(plain.parameters(), lr=0.01)
-    for _ in range(3):
-        for inputs, targets in DataLoader(data, 8):
-            optimizer.zero_grad()
-            CRITERION(plain(inputs), targets).backward()
-            optimizer.step()
-    optimizer = torch.optim.RMSprop(mine.parameters(), lr=0.01)
-    TrainLoop(mine, DataLoader(data, 8), optimizer=optimizer, criterion=CRITERION).fit(3)
-    assert same(mine, plain)
 
 
 def test_a_model_of_transformers_trains_by_the_loss_it_returns():
@@ -127,43 +101,30 @@ def test_two_adversaries_train_with_two_optimizers_as_in_a_plain_loop():
     def optimizers(model):
         return [torch.optim.Adam(part.parameters(), lr=0.01) for part in (model.discriminator, model.generator)]
 
-    both = optimizers(plain)
+    for_discriminator, for_generator = optimizers(plain)
     for _ in range(3):
-        for real, latent in DataLoader(data, 8):
-            for optimizer in both:
-                for other in both:
-                    other.zero_grad()
-                fake = plain.generator(latent)
-                if optimizer is both[0]:
-                    guesses = plain.discriminator(torch.cat([real, fake.detach()]))
-                    loss = criterion(guesses, torch.cat([torch.ones(8, 1), torch.zeros(8, 1)]))
-                else:
-                    loss = criterion(plain.discriminator(fake), torch.ones(8, 1))
-                loss.backward()
+        for batch in DataLoader(data, 8):
+            for number, optimizer in enumerate((for_discriminator, for_generator)):
+                plain.zero_grad()
+                list(plain.get_loss(batch, criterion))[number].backward()
                 optimizer.step()
     loop = TrainLoop(mine, DataLoader(data, 8), DataLoader(data, 8), optimizer=optimizers(mine), criterion=criterion)
     loop.fit(3)
     assert same(mine, plain)
-    losses = [criterion(mine.discriminator(rows), ones) for rows, ones in (
-        (torch.cat([data.tensors[0], mine.generator(data.tensors[1])]), torch.ones(32, 1).index_fill(
-            0, torch.arange(16, 32), 0)),
-        (mine.generator(data.tensors[1]), torch.ones(16, 1)))]
-    assert loop.history[-1]["val_loss"] == pytest.approx(sum(losses).item(), rel=1e-5)
+    assert loop.history[-1]["val_loss"] == pytest.approx(sum(mine.get_loss(data.tensors, criterion)).item(), rel=1e-5)
     assert loop.predict(DataLoader(data, 8))[0].shape == (16, 4)
 
 
 # --------------------------------------------------------------------------------------- steps, groups and precision
 
 
-@pytest.mark.parametrize("accumulate", [2, 3, 4])
-def test_accumulated_gradients_are_those_of_the_large_batch(accumulate):
+def test_accumulated_gradients_are_those_of_the_large_batch():
     data, models = TensorDataset(noise(40, 5), labels(40)), []
-    for size, groups in ((4, accumulate), (4 * accumulate, 1)):  # of 10 batches, the last group of 3 or 4 is smaller
+    for size, groups in ((4, 4), (16, 1)):  # of 10 batches: the last group has two
         torch.manual_seed(0)
         models.append(nn.Linear(5, 3))
-        loop = TrainLoop(models[-1], DataLoader(data, size), optimizer=torch.optim.SGD(models[-1].parameters(), lr=0.1),
-                         criterion=CRITERION, accumulate=groups)
-        loop.fit(2)
+        optimizer = torch.optim.SGD(models[-1].parameters(), lr=0.1)
+        TrainLoop(models[-1], DataLoader(data, size), optimizer=optimizer, criterion=CRITERION, accumulate=groups).fit(2)
     for one, other in zip(*(model.parameters() for model in models)):
         torch.testing.assert_close(one, other)
 
@@ -175,23 +136,6 @@ def test_fit_for_so_many_steps_ends_within_an_epoch_and_goes_on_from_there():
     assert len(loop.fit(num_steps=13)) == 2 and loop.steps == 13
     loop.fit(num_steps=1)
     assert loop.steps == 14
-
-
-def test_a_scheduler_stays_where_it_is_when_fp16_skips_the_step():
-    class Moves(Callback):
-        def __init__(self):
-            self.seen = []
-
-        def after_step(self, loop):
-            self.seen.append((loop.stepped, loop.scheduler.last_epoch))
-
-    data, model, moves = TensorDataset(100 * noise(24, 5), labels(24)), nn.Linear(5, 3), Moves()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loop = TrainLoop(model, DataLoader(data, 8), optimizer=optimizer, criterion=CRITERION,
-                     scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1000))
-    loop.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=3e38, backoff_factor=1e-9)
-    loop.fit(1, [moves])
-    assert moves.seen == [(False, 0), (True, 1), (True, 2)]
 
 
 def test_only_the_random_state_of_ones_own_gpu_is_kept(monkeypatch):
@@ -236,29 +180,46 @@ def test_gradients_can_be_changed_before_the_step():
     torch.testing.assert_close(model.weight, before)
 
 
-def test_gradients_are_seen_unscaled_and_a_step_beyond_fp16_is_left_out():
-    class Norms(Callback):
-        def __init__(self):
-            self.norms = []
-
+def test_fp16_shows_gradients_unscaled_and_leaves_out_a_step_beyond_its_range_with_the_schedule():
+    class Notes(Callback):
         def after_backward(self, loop):
-            self.norms.append(nn.utils.get_total_norm([weight.grad for weight in loop.weights]).item())
+            norms.append(nn.utils.get_total_norm([weight.grad for weight in loop.weights]).item())
+
+        def after_step(self, loop):
+            moves.append((loop.stepped, loop.scheduler.last_epoch))
 
     data, found = DataLoader(TensorDataset(100 * noise(16, 5), labels(16)), 8), []
-    for scale in (None, 1024.0, 3e38):  # with the last one, gradients are beyond float32, as large ones are beyond fp16
+    for scale in None, 1024.0, 3e38:  # with the last one, gradients are beyond float32, as large ones are beyond fp16
         torch.manual_seed(0)
-        model, norms = nn.Linear(5, 3), Norms()
-        before = model.weight.detach().clone()
-        loop = TrainLoop(model, data, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=CRITERION)
-        loop.accelerator.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale)
-        loop.fit(1, [norms])
-        found.append((model, norms.norms))
-        changed = not torch.equal(model.weight, before)
-    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
-    assert not changed and not any(map(math.isfinite, found[2][1]))
+        model, norms, moves = nn.Linear(5, 3), [], []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loop = TrainLoop(model, data, optimizer=optimizer, criterion=CRITERION,
+                         scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1000))
+        loop.accelerator.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=1e-9)
+        loop.fit(1, [Notes()])
+        found.append((model, norms))
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1] and not same(found[0][0], model)
+    assert not math.isfinite(norms[0]) and moves == [(False, 0), (True, 1)]
 
 
 # ------------------------------------------------------------------------------------------- killed, and going on
+
+
+@pytest.fixture(scope="module")
+def fork():
+    """fork(environments, mode, *arguments): a process for each, which has everything imported; numbers and output."""
+    with subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        def start(*job):
+            print(json.dumps(job), file=parent.stdin, flush=True)
+            return json.loads(parent.stdout.readline()), parent.stdout
+
+        yield start
+        parent.kill()
+
+
+def codes(said):
+    """How the processes ended, when all of them have."""
+    return json.loads(next(line for line in said if line.startswith("[")))
 
 
 class Augmented(Dataset):
@@ -287,11 +248,15 @@ def trainee(own_generator=True):
                      metrics={"accuracy": MulticlassAccuracy(3)})
 
 
-class Slow(Callback):
-    """So that training is not done before it is killed, on a fast machine."""
+class Steps(Callback):
+    """Notes each step, before it is saved, and tells it."""
+
+    def __init__(self):
+        self.seen = []
 
     def after_step(self, loop):
-        time.sleep(0.01)
+        self.seen.append(loop.steps)
+        os.write(1, b"step\n")
 
 
 def outcome(loop):
@@ -300,26 +265,23 @@ def outcome(loop):
 
 
 @pytest.mark.parametrize("own_generator", [True, False])
-@pytest.mark.parametrize("stop", [2, 4, 10, 11, 12, 23, 33, 43])
-def test_training_taken_up_at_any_step_ends_as_if_it_had_never_stopped(stop, own_generator, tmp_path):
-    class Stop(Callback):
-        order = 99
-
-        def after_step(self, loop):
-            if loop.steps == stop:
-                raise CancelFit
-
+def test_training_taken_up_at_any_step_ends_as_if_it_had_never_stopped(own_generator, tmp_path):
     whole = trainee(own_generator)
     whole.fit(4)
-    trainee(own_generator).fit(4, [Checkpoint(str(tmp_path), every=1), Stop()])
-    again = trainee(own_generator)
-    torch.manual_seed(99)  # whatever was drawn before makes no difference
-    again.fit(4, [Checkpoint(str(tmp_path), every=1)])
-    assert same(outcome(again)[0], outcome(whole)[0]) and outcome(again)[1] == outcome(whole)[1]
+    trainee(own_generator).fit(4, [Checkpoint(str(tmp_path), every=1, keep=99)])
+    for stop in 43, 33, 24, 11, 10, 2:  # within an epoch, in its last step and at its end, the last one first
+        for path in tmp_path.glob("step_*"):
+            if int(path.name.split("_")[1]) > stop:
+                path.unlink()
+        again = trainee(own_generator)
+        torch.manual_seed(99)  # whatever was drawn before makes no difference
+        again.fit(4, [Checkpoint(str(tmp_path), every="end", keep=99), (steps := Steps())])
+        assert steps.seen[0] == stop + 1 and len(steps.seen) == 44 - stop
+        assert same(outcome(again)[0], outcome(whole)[0]) and outcome(again)[1] == outcome(whole)[1]
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_training_killed_again_and_again_ends_as_if_it_had_not(place, tmp_path):
+def test_training_killed_again_and_again_ends_as_if_it_had_not(place, fork, tmp_path):
     whole = trainee()
     whole.fit(4)
     if place == "local":
@@ -327,22 +289,13 @@ def test_training_killed_again_and_again_ends_as_if_it_had_not(place, tmp_path):
     else:
         url, environment = "s3://killed/checkpoints", storage.serve(tmp_path / "s3")
         (tmp_path / "s3/killed").mkdir()
-    deaths, wait = 0, random.Random(0)
-    with subprocess.Popen([sys.executable, __file__, "train", url, str(tmp_path)], stdin=subprocess.PIPE, text=True,
-                          stdout=subprocess.PIPE, env={**os.environ, **environment}) as trainer:
-        while True:
-            print(file=trainer.stdin, flush=True)
-            pid = int(trainer.stdout.readline())  # of a process that begins to train
-            time.sleep(wait.uniform(0.01, 0.08))
-            if deaths < 5:
-                with suppress(ProcessLookupError):  # it was done before
-                    os.kill(pid, signal.SIGKILL)
-            if (code := int(trainer.stdout.readline())) == 0:
-                break
-            assert code == -signal.SIGKILL
-            deaths += 1
-        trainer.stdin.close()
-    assert deaths > 1
+    for begun in 3, 4, 9, 14, 1, 0:  # after so many steps it dies, most likely while the last one is being saved
+        [number], said = fork([environment], "train", url, str(tmp_path))
+        for _ in range(begun):
+            assert said.readline() == "step\n"
+        if begun:
+            os.kill(number, signal.SIGKILL)
+        assert codes(said) == [-signal.SIGKILL if begun else 0]
     weights = load_file(tmp_path / "weights.safetensors")
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.model.state_dict().items())
     assert json.loads((tmp_path / "history.json").read_text()) == outcome(whole)[1]
@@ -393,48 +346,30 @@ def test_any_state_is_packed_without_a_pickle():
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """What this file, run as a script by torchrun, left behind: with one process, and with two and half the batch."""
-    folder = tmp_path_factory.mktemp("both")
-    for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                   __file__, "both", str(2 // processes), str(folder / f"{processes}")]
-        done = subprocess.run(command, timeout=120, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        # Not the exit code: gloo's threads now and then abort a process that has done its work and is about to end.
-        assert (folder / f"{processes}/done.json").exists(), done.stderr
-    return lambda name: ([load_file(folder / f"{processes}/{name}.safetensors") for processes in (1, 2)]
-                         if name != "done" else
-                         [json.loads((folder / f"{processes}/done.json").read_text()) for processes in (1, 2)])
+def both(tmp_path_factory, fork):
+    """What `train_and_measure` left behind, weights and values: in one process, and in two with half the batch."""
+    folder, port = tmp_path_factory.mktemp("both"), str(free_port())
+    two = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port} for rank in "01"]
+    for count, environments in (1, [{}]), (2, two):
+        codes(fork(environments, "both", 2 // count, str(folder / f"{count}"))[1])
+    return [(load_file(folder / count / "weights.safetensors"), json.loads((folder / count / "done.json").read_text()))
+            for count in "12"]
 
 
 def test_two_processes_train_and_measure_as_one_with_twice_the_batch(both):
-    one, two = both("weights")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name])
-    one, two = (values["row"] for values in both("done"))
-    assert one == pytest.approx(two, rel=1e-5) and one["count"] == 41  # does not divide by two
-
-
-def test_two_processes_train_two_adversaries_as_one_with_twice_the_batch(both):
-    one, two = both("adversaries")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name])
-
-
-def test_two_processes_move_the_schedule_once_a_step_and_predict_in_the_order_of_the_loader(both):
-    one, two = both("done")
+    (weights, one), (others, two) = both
+    for name in weights:  # those of adversaries with two optimizers, too
+        torch.testing.assert_close(weights[name], others[name])
+    assert one["row"] == pytest.approx(two["row"], rel=1e-5) and one["row"]["val_count"] == 41  # not divided by two
     assert one["moves"] == two["moves"] == 3 * 4  # of a scheduler given to TrainLoop; 8 batches, accumulated by two
-    assert one["predicted"] == two["predicted"] == list(range(41))
-
-
-def test_two_processes_draw_the_same_order_each_its_part_of_it(both):
-    assert [values["drawn"] for values in both("done")] == [list(range(44))] * 2
+    assert one["predicted"] == two["predicted"] == list(range(41))  # in the order of the loader
+    assert one["drawn"] == two["drawn"] == list(range(44))  # each process its part
 
 
 def test_training_on_two_processes_goes_on_exactly_where_each_of_them_was(both):
-    one, two = (values["again"] for values in both("done"))
-    assert one == two == {"3": True, "6": True, "7": True}  # within an epoch, after one, at the next one's first step
+    for _, values in both:
+        assert values["again"] == {"3": True, "6": True, "7": True}  # within an epoch, after one, at the next one's start
 
 
 def test_training_goes_on_with_as_many_processes_only(tmp_path):
@@ -460,88 +395,80 @@ class Count(MulticlassAccuracy):
         return self.seen
 
 
+def train(url, folder):
+    if url.startswith("s3://"):
+        storage.connect()
+    loop = trainee()
+    loop.fit(4, [Checkpoint(url, every=1), Steps()])
+    model, history = outcome(loop)
+    save_file(model.state_dict(), Path(folder) / "weights.safetensors")
+    (Path(folder) / "history.json").write_text(json.dumps(history))
+
+
+def train_and_measure(factor, folder):
+    def loader(*tensors, size=8, **options):
+        return DataLoader(TensorDataset(*tensors), size * factor, **options)
+
+    torch.manual_seed(0)
+    net, gan, layer = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), Adversaries(), nn.Linear(5, 3)
+    loop = TrainLoop(net, loader(noise(64, 5), labels(64)), loader(noise(41, 5, seed=3), labels(41)),
+                     optimizer=torch.optim.SGD(net.parameters(), lr=0.1), criterion=CRITERION,
+                     metrics={"accuracy": MulticlassAccuracy(3), "count": Count()})
+    row = {name: value for name, value in loop.fit(3)[-1].items() if "second" not in name}
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (gan.discriminator, gan.generator)]
+    TrainLoop(gan, loader(noise(16, 4), noise(16, 2, seed=1), size=4), optimizer=optimizers,
+              criterion=nn.BCEWithLogitsLoss(), accumulate=2).fit(3)
+
+    class StopAt(Callback):
+        order = 99
+
+        def after_step(self, loop):
+            if loop.steps == stop:
+                raise CancelFit
+
+    def one_of_two():
+        loop = trainee(own_generator=False)  # 11 batches, 6 of them here when there are two processes
+        torch.manual_seed(100 + loop.accelerator.process_index)  # dropout and augmentation of its own
+        return loop
+
+    whole, again = one_of_two(), {}
+    whole.fit(3)
+    for stop in 3, 6, 7:
+        url = f"{folder}/checkpoints_{stop}"
+        one_of_two().fit(3, [Checkpoint(url, every=1), StopAt()])
+        resumed = one_of_two()
+        resumed.fit(3, [Checkpoint(url, every=1)])
+        again[stop] = all(gather_object([same(resumed.model, whole.model) and outcome(resumed)[1] == outcome(whole)[1]]))
+
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1000)
+    TrainLoop(layer, loader(noise(64, 5), labels(64), size=4), optimizer=optimizer, criterion=CRITERION,
+              scheduler=scheduler, accumulate=2).fit(3)
+    predicted = TrainLoop(layer).predict(loader(noise(41, 5), torch.arange(41), size=4))[1].tolist()
+    torch.manual_seed(loop.accelerator.process_index)
+    shuffled = TrainLoop(nn.Linear(1, 1), loader(torch.arange(44.), size=2, shuffle=True)).train_loader
+    drawn = sorted(gather_object([index for batch, in shuffled for index in batch.tolist()]))
+    if loop.accelerator.is_main_process:
+        Path(folder).mkdir(exist_ok=True)
+        save_file({**net.state_dict(), **gan.state_dict()}, f"{folder}/weights.safetensors")
+        Path(f"{folder}/done.json").write_text(json.dumps({
+            "row": row, "again": again, "drawn": drawn, "moves": scheduler.last_epoch, "predicted": predicted}))
+    loop.accelerator.wait_for_everyone()
+    loop.accelerator.end_training()
+
+
 if __name__ == "__main__":
-    mode, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    if mode == "train":
-        url, folder = arguments[0], Path(arguments[1])
-        for _ in sys.stdin:  # a process for each line, which has imported everything; says its number and how it ended
-            if pid := os.fork():
-                print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-                continue
-            output, sys.stdout = sys.stdout, sys.stderr  # for the progress bar
-            if url.startswith("s3://"):
-                storage.connect()
-            loop = trainee()
-            print(os.getpid(), file=output, flush=True)
-            loop.fit(4, [Checkpoint(url, every=1), Slow()])
-            model, history = outcome(loop)
-            save_file(model.state_dict(), folder / "weights.safetensors")
-            (folder / "history.json").write_text(json.dumps(history))
-            os._exit(0)
-    else:
-        factor, folder = int(arguments[0]), Path(arguments[1])
-        folder.mkdir(exist_ok=True)
-
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
-        loop = TrainLoop(net, DataLoader(TensorDataset(noise(64, 5), labels(64)), 8 * factor),
-                         DataLoader(TensorDataset(noise(41, 5, seed=3), labels(41)), 8 * factor),
-                         optimizer=torch.optim.SGD(net.parameters(), lr=0.1), criterion=CRITERION,
-                         metrics={"accuracy": MulticlassAccuracy(3), "count": Count()})
-        row = loop.fit(3)[-1]
-        main = loop.accelerator.is_main_process
-
-        torch.manual_seed(0)
-        gan = Adversaries()
-        both = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (gan.discriminator, gan.generator)]
-        TrainLoop(gan, DataLoader(TensorDataset(noise(16, 4), noise(16, 2, seed=1)), 4 * factor), optimizer=both,
-                  criterion=nn.BCEWithLogitsLoss(), accumulate=2).fit(3)
-        if main:
-            save_file(net.state_dict(), folder / "weights.safetensors")
-            save_file(gan.state_dict(), folder / "adversaries.safetensors")
-
-        class StopAt(Callback):
-            order = 99
-
-            def __init__(self, step):
-                self.step = step
-
-            def after_step(self, loop):
-                if loop.steps == self.step:
-                    raise CancelFit
-
-        def one_of_two():
-            loop = trainee(own_generator=False)  # 11 batches, 6 of them here when there are two processes
-            torch.manual_seed(100 + loop.accelerator.process_index)  # dropout and augmentation of its own
-            return loop
-
-        whole, again = one_of_two(), {}
-        whole.fit(3)
-        for stop in (3, 6, 7):
-            url = str(folder / f"checkpoints_{stop}")
-            one_of_two().fit(3, [Checkpoint(url, every=1), StopAt(stop)])
-            loop = one_of_two()
-            loop.fit(3, [Checkpoint(url, every=1)])
-            equal = same(loop.model, whole.model) and outcome(loop)[1] == outcome(whole)[1]
-            again[stop] = all(gather_object([equal]))
-
-        layer = nn.Linear(5, 3)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1000)
-        TrainLoop(layer, DataLoader(TensorDataset(noise(64, 5), labels(64)), 4 * factor), optimizer=optimizer,
-                  criterion=CRITERION, scheduler=scheduler, accumulate=2).fit(3)
-        numbers = TensorDataset(noise(41, 5), torch.arange(41))
-        predicted = TrainLoop(layer).predict(DataLoader(numbers, 4 * factor))[1].tolist()
-
-        torch.manual_seed(loop.accelerator.process_index)
-        loop = TrainLoop(nn.Linear(1, 1), DataLoader(TensorDataset(torch.arange(44.)), 2 * factor, shuffle=True))
-        drawn = gather_object([index for batch, in loop.train_loader for index in batch.tolist()])
-        if main:
-            values = {"train_loss": row["train_loss"], "val_loss": row["val_loss"], "accuracy": row["val_accuracy"],
-                      "count": row["val_count"]}
-            Path(folder / "done.json").write_text(json.dumps({
-                "row": values, "again": again, "drawn": sorted(drawn), "moves": scheduler.last_epoch,
-                "predicted": predicted}))
-        loop.accelerator.wait_for_everyone()
-        loop.accelerator.end_training()
+    fsspec.get_filesystem_class("s3")  # imports s3fs
+    for line in sys.stdin:
+        environments, mode, *arguments = json.loads(line)
+        numbers = []
+        for environment in environments:
+            numbers.append(os.fork())
+            if not numbers[-1]:
+                os.environ |= environment
+                sys.stdout = sys.stderr  # for the progress bar
+                {"train": train, "both": train_and_measure}[mode](*arguments)
+                os._exit(0)
+        print(json.dumps(numbers), flush=True)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in numbers]), flush=True)
