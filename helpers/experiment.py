@@ -106,7 +106,7 @@ class Run:
     def __init__(self, url, **hyperparameters):
         self.started, self.lock = datetime.now(timezone.utc), threading.Lock()
         self.finished = self.lost = False  # the lease, to another process
-        data, code = json.dumps(hyperparameters, indent=1).encode(), _code()
+        data, code = redact(json.dumps(hyperparameters, indent=1))[0].encode(), _code()
         self.url = _choose(str(url).rstrip("/"), self.started.strftime("%Y-%m-%dT%H-%M-%S.%f"), json.loads(data), code)
         _write_lease(self.url)
         if storage.is_first_process():

@@ -325,7 +325,7 @@ import os
 from helpers.experiment import Run
 SECRET = {os.environ[SECRET]!r}  # as people do
 print(os.environ)
-Run("s3://experiments/secrets", bucket="another").finish({{}})
+Run("s3://experiments/secrets", key=SECRET).finish({{}})
 """)
     names = storage.list_files("s3://experiments/secrets")
     assert run.url and len(names) == 11 + 6
