@@ -9,14 +9,18 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import operator
 import os
+import re
 import shutil
 import uuid
 import warnings
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +32,7 @@ except ImportError:  # Windows: no cache_dir there
 import cv2
 import numpy as np
 import obstore
+import safetensors.torch
 import torch
 from obstore.exceptions import GenericError
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
@@ -44,7 +49,7 @@ WINDOW = 64 * 2**20  # bytes of announced images that are held at once, encoded
 DECODED = 2  # batches that are decoded ahead
 GAP = 128 * 2**10  # bytes that are read for nothing where that saves a request: it costs about as much time
 RANGE = 2 * 2**20  # bytes of a shard in one request
-INDEX = "index.json"
+INDEX = "index.safetensors"
 
 
 class Span(NamedTuple):
@@ -53,7 +58,7 @@ class Span(NamedTuple):
     object: str  # its URL
     first: int
     last: int
-    version: object  # CRC-32 of an image in a shard; ETag or date of an object
+    version: bytes  # CRC-32 of an image in a shard; the MD5 of an object, or of its ETag or date
 
 
 def decode(data, size=None, resize=None, squash=False):
@@ -123,34 +128,48 @@ class S3ImageFolder(Dataset):
         self.root, self.transform, self.target_transform = str(root).rstrip("/"), transform, target_transform
         self.loader, self.on_error, self.skipped = loader, on_error, {}
         self.cache = (str(Path(cache_dir).expanduser().absolute()), cache_bytes, self.root) if cache_dir else None
-        self.shards, spans = list_spans(self.root)
-        names = image_names(spans)
-        if not names:
+        self.table = read_index(self.root) or list_images(self.root)
+        found, self.shards, self.ignored = (self.table.about[name] for name in ("classes", "shards", "ignored"))
+        if not found:
             raise storage.StorageError(f"There are no class folders with images under {self.root}: put some there with "
                                        "notebook 01 (make run NOTEBOOKS=01), or check the name.")
-        self.ignored = len(spans) - len(names)
-        found = sorted({name.split("/")[0] for name in names})
         self.classes = list(classes or found)
         if unknown := ", ".join(name for name in found if name not in self.classes):
             raise storage.StorageError(f"{self.root} has classes that are not among those given: {unknown}.")
         if missing := ", ".join(name for name in self.classes if name not in found):
             warnings.warn(f"{self.root} has no images of: {missing}", stacklevel=2)
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
-        self.samples = [(f"{self.root}/{name}", self.class_to_idx[name.split("/")[0]]) for name in names]
-        self.targets = [target for _, target in self.samples]
-        self.spans = [spans[name] for name in names]
-        small = self.shards and sum(span.last - span.first for span in self.spans) <= WINDOW
+        self.table = self.table.replace(targets=np.array([*map(self.class_to_idx.get, found)], np.int32)[self.table.targets])
+        small = self.shards and self.table.sizes.sum() <= WINDOW
         self._memory = {} if small else None  # {index: bytes}: a small pack stays there
+
+    samples = property(lambda self: MadeList(len(self), lambda i: (self.url(i), int(self.table.targets[i]))),
+                       doc="[(URL, class index)] of all images, each made when it is asked for.")
+    targets = property(lambda self: MadeList(len(self), lambda i: int(self.table.targets[i])),
+                       doc="[class index] of all images, each made when it is asked for.")
+
+    def url(self, index):
+        return f"{self.root}/{self.table.name(index)}"
+
+    def span(self, index):
+        """Where an image lies."""
+        table = self.table
+        size, version = int(table.sizes[index]), table.versions[index].tobytes()
+        if not self.shards:
+            return Span(self.url(index), 0, size, version)
+        first = int(table.firsts[index])
+        return Span(f"{self.root}/{self.shards[table.places[index]]}", first, first + size, version)
 
     def __getstate__(self):
         return {**vars(self), "_memory": self._memory and {}}  # a worker reads its own
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.table.sizes)
 
     def __repr__(self):
-        packed = f" in {len(self.shards)} shards" if self.shards else ""
-        return f"S3ImageFolder({self.root!r}): {len(self):,} images of {len(self.classes)} classes{packed}"
+        how = f" in {len(self.shards)} shards" if self.shards else ""
+        how += f", as listed on {self.table.about['listed']}" if "listed" in self.table.about else ""
+        return f"S3ImageFolder({self.root!r}): {len(self):,} images of {len(self.classes)} classes{how}"
 
     def __getitem__(self, index):
         return self.__getitems__([index])[0]
@@ -168,7 +187,7 @@ class S3ImageFolder(Dataset):
         images = {index: prefetch.decoding.pop(index).result()[index] for index in dict.fromkeys(indices)}
         items = []
         for index in indices:
-            image, target = images[index], self.targets[index]
+            image, target = images[index], int(self.table.targets[index])
             if len(images) < len(indices):  # some come more than once, and a transform may change an image in place
                 image = copy.deepcopy(image)
             items.append((self.transform(image) if self.transform else image,
@@ -188,12 +207,12 @@ class S3ImageFolder(Dataset):
             if number > DECODED and (held > WINDOW or not self.shards and len(wanted) >= CHUNK * THREADS):
                 break
             wanted |= dict.fromkeys(batch)
-            held += sum(self.spans[index].last - self.spans[index].first for index in batch)
+            held += self.table.sizes[batch].sum()
         prefetch.enough = max(len(wanted) // 2, (1 + DECODED) * len(batches[0]))
         new = [index for index in wanted if index not in prefetch.fetching and index not in prefetch.decoding]
         prefetch.fetching |= dict.fromkeys(new)  # None: no request, for what is here already
         cache, memory = self._open_cache(), self._memory or ()
-        here = {index for index in new if index in memory or cache and cache.has(self.samples[index][0])}
+        here = {index for index in new if index in memory or cache and cache.has(self.url(index))}
         requests = self.group([index for index in new if index not in here])
         now = set(batches[0])
         urgent = sum(not now.isdisjoint(request) for request in requests)  # each has a thread of its own
@@ -202,29 +221,31 @@ class S3ImageFolder(Dataset):
             prefetch.fetching |= dict.fromkeys(itertools.chain(*task), future)
 
     def group(self, indices):
-        """The indices in lists, one for each request: what lies close together in an object. Soonest needed first."""
+        """The indices in lists, one for each request: what lies close together in a shard. Soonest needed first."""
+        if not self.shards:
+            return [[index] for index in indices]
         position = {index: i for i, index in enumerate(indices)}
-        requests, start, before = [], None, None
-        for index in sorted(indices, key=self.spans.__getitem__):
-            span = self.spans[index]
-            near = before and span.object == start.object and span.first - before.last <= GAP
-            if not near or span.last - start.first > RANGE:
+        places, firsts, sizes = (self.table.columns[name].numpy()[indices] for name in ("places", "firsts", "sizes"))
+        order, requests, start, end = np.lexsort((firsts, places)), [], None, 0
+        for i, place, first, size in zip(*(column[order].tolist() for column in (np.array(indices), places, firsts, sizes))):
+            if not requests or place != start[0] or first - end > GAP or first + size - start[1] > RANGE:
                 requests.append([])
-                start = span
-            requests[-1].append(index)
-            before = span
+                start = place, first
+            requests[-1].append(i)
+            end = first + size
         return sorted(requests, key=lambda request: min(map(position.get, request)))
 
     def _fetch(self, requests):
         """Make requests one after the other: {index: the image's bytes, or the OSError that there was}."""
         received = {}
         for request in requests:
-            spans = [self.spans[index] for index in request]
+            spans = [self.span(index) for index in request]
             start, end = (spans[0].first, spans[-1].last) if self.shards else (0, None)  # an object may have grown
+            version = spans[0].version if "listed" in self.table.about else None
             try:
                 if storage.ended.is_set():
                     raise OSError("the program has ended")
-                data = fetch(spans[0].object, start, end)
+                data = fetch(spans[0].object, start, end, version)
                 parts = [data[span.first - start:span.last - start] for span in spans] if self.shards else [data]
             except OSError as error:
                 parts = [error] * len(request)
@@ -236,10 +257,9 @@ class S3ImageFolder(Dataset):
 
     def _load(self, index, future):
         """The decoded image or, with on_error="skip", the next one of its class that can be read."""
-        wanted = self.targets[index]
+        wanted = self.table.targets[index]
         for i in itertools.chain(range(index, len(self)), range(index)):
-            url, target = self.samples[i]
-            if target != wanted or url in self.skipped:
+            if self.table.targets[i] != wanted or (url := self.url(i)) in self.skipped:
                 continue
             try:
                 return self.loader(self._read(i, future if i == index else None))
@@ -255,11 +275,11 @@ class S3ImageFolder(Dataset):
         """The bytes of an image: from memory, from the local cache, or from the server by the request in the future."""
         if self._memory and index in self._memory:
             return self._memory[index]
-        url, span, cache = self.samples[index][0], self.spans[index], self._open_cache()
+        url, span, cache = self.url(index), self.span(index), self._open_cache()
         if cache and (data := cache.get(url, span)) is not None:
             return data
         data = (future.result() if future else self._fetch([[index]]))[index]
-        if self.shards and not isinstance(data, OSError) and zlib.crc32(data) != span.version:
+        if self.shards and not isinstance(data, OSError) and crc32(data) != span.version:
             data = storage.StorageError(f"{url} is damaged in {span.object}: delete {self.root} and pack it again.")
         if isinstance(data, OSError):
             raise data
@@ -273,31 +293,143 @@ class S3ImageFolder(Dataset):
         return open_cache(*self.cache) if self.cache else None
 
 
-def list_spans(url):
-    """Names of the shards that `pack` wrote under a prefix, or None where objects are loose, and {name: Span} of all."""
-    files = storage.objects(url)
-    if {INDEX, "shard-000000.tar"} <= files.keys():
-        index = json.loads(fetch(f"{url}/{INDEX}"))
-        objects = [f"{url}/{shard}" for shard in index["shards"]]
-        return index["shards"], {name: Span(objects[shard], offset, offset + size, crc32)
-                                 for name, shard, offset, size, crc32 in index["samples"]}
-    return None, {name: Span(f"{url}/{name}", 0, file["size"], file["e_tag"] or file["last_modified"])
-                  for name, file in files.items()}
+class MadeList(Sequence):
+    """A list of which each item is made when it is asked for."""
+
+    def __init__(self, length, make):
+        self.length, self.make = length, make
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        wanted = range(self.length)[index]
+        return self.make(wanted) if isinstance(wanted, int) else [self.make(i) for i in wanted]
+
+    def __eq__(self, other):
+        return isinstance(other, (list, MadeList)) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    def __repr__(self):
+        return repr(list(self))
 
 
-def image_names(files):
-    """The names of images in class folders, in ImageFolder's order: a folder's files, then its folders'."""
-    names = [name for name in files if "/" in name and name.lower().endswith(EXTENSIONS)]
-    return sorted(names, key=lambda name: (name.split("/")[0], *name.rpartition("/")))
+class Table:
+    """What is known of a million images, in columns: 70 bytes an image, of which all processes share one copy.
+
+    names: UTF-8, a zero after each; starts: where each begins. targets: numbers in about["classes"]. sizes: bytes.
+    versions: see Span. places, firsts, of a pack: numbers in about["shards"], and where in the shard an image begins.
+    """
+
+    def __init__(self, columns, about):
+        self.columns, self.about = columns, about  # tensors, which PyTorch hands to a process without a copy
+        vars(self).update({name: column.numpy() for name, column in columns.items()})
+
+    def __reduce__(self):
+        shared = {name: column if column.is_shared() else column.clone().share_memory_()
+                  for name, column in self.columns.items()}
+        self.__init__(shared, self.about)  # this process uses the same copy
+        return Table, (shared, self.about)
+
+    def replace(self, about=None, **columns):
+        """Another table of the same images; columns: arrays."""
+        new = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+        return Table(self.columns | new, about or self.about)
+
+    def name(self, index):
+        return self.names[self.starts[index]:self.starts[index + 1] - 1].tobytes().decode()
+
+    def to_bytes(self):
+        about = torch.frombuffer(bytearray(json.dumps(self.about).encode()), dtype=torch.uint8)
+        return safetensors.torch.save({**self.columns, "about": about})
 
 
-def fetch(url, first=0, last=None):
-    """The bytes of an object, all or from first up to last. Raises StorageError when it cannot be read."""
+def list_images(url):
+    """A Table of the images in class folders under a prefix in ImageFolder's order: a folder's files, then its folders'."""
+    prefix = storage.parse(url)[1]
+
+    def by_folder(items):
+        """[((class, folder), names, sizes, versions)] of the images of a page, and how many other files it has."""
+        names = (item["path"].removeprefix(f"{prefix}/") for item in items)
+        found = [(name, item) for name, item in zip(names, items) if "/" in name and name.lower().endswith(EXTENSIONS)]
+        parts = []
+        for folder, pairs in itertools.groupby(found, lambda pair: pair[0].rpartition("/")[0]):
+            names, files = zip(*pairs)
+            parts.append(((folder.split("/")[0], folder), "\0".join((*names, "")).encode(),
+                          np.array([file["size"] for file in files]).tobytes(), b"".join(map(version, files))))
+        return parts, len(items) - len(found)
+
+    parts, buffers, others = [], [bytearray(), bytearray(), bytearray()], 0  # what comes goes into three large pieces
+    for page, more in storage.list_pages(url, by_folder):
+        for folder, *columns in page:
+            parts.append((folder, [slice(len(buffer), len(buffer) + len(new)) for buffer, new in zip(buffers, columns)]))
+            for buffer, new in zip(buffers, columns):
+                buffer += new
+        others += more
+    parts.sort(key=lambda part: part[0])  # the names of one folder are in order already
+    classes = sorted({folder[0] for folder, _ in parts})
+    numbers = {name: i for i, name in enumerate(classes)}
+    names, sizes, versions = (bytearray().join(memoryview(buffer)[place[i]] for _, place in parts)
+                              for i, buffer in enumerate(buffers))
+    sizes, names = np.frombuffer(sizes, np.int64), np.frombuffer(names, np.uint8)
+    columns = {
+        "names": names, "starts": np.concatenate([[0], np.flatnonzero(names == 0) + 1]), "sizes": sizes,
+        "targets": np.repeat([numbers[folder[0]] for folder, _ in parts],
+                             [(place[1].stop - place[1].start) // 8 for _, place in parts]).astype(np.int32),
+        "versions": np.frombuffer(versions, np.uint8).reshape(-1, 16)}
+    about = {"classes": classes, "shards": None, "ignored": others}
+    return Table({name: torch.from_numpy(column) for name, column in columns.items()}, about)
+
+
+def version(file):
+    """16 bytes that change with an object: its ETag, where that is an MD5, or the MD5 of the ETag or date."""
+    text = (file["e_tag"] or str(file["last_modified"])).strip('"')
+    return bytes.fromhex(text) if re.fullmatch("[0-9a-f]{32}", text) else hashlib.md5(text.encode()).digest()
+
+
+def crc32(data):
+    return zlib.crc32(data).to_bytes(4, "big")
+
+
+def write_index(url):
+    """List the images of a folder, and keep the list there: `S3ImageFolder` starts with it, until you delete or write it.
+
+    What has changed or gone since is an error when it is read, but new images are not seen.
+    """
+    table = list_images(url)
+    bucket, key = storage.parse(f"{url}/{INDEX}")
+    with storage.translate_errors(url):
+        storage.client(bucket).put_object(
+            Bucket=bucket, Key=key, Body=table.replace({**table.about, "listed": str(date.today())}).to_bytes())
+
+
+def read_index(url):
+    """The Table that `write_index` or `pack` has left under a prefix, or None."""
+    try:
+        columns = safetensors.torch.load(fetch(f"{url}/{INDEX}"))
+        return Table(columns, json.loads(columns.pop("about").numpy().tobytes()))
+    except storage.NotFound:
+        return None
+    except (safetensors.SafetensorError, KeyError):
+        raise storage.StorageError(f"{url}/{INDEX} is no index of images: delete it.") from None
+
+
+def fetch(url, first=0, last=None, expected=None):
+    """The bytes of an object, all or from first up to last.
+
+    Raises StorageError when it cannot be read or, if all of it is asked for, has another version than expected.
+    """
     bucket, key = storage.parse(url)
+
+    def get_whole():
+        answer = obstore.get(store, key)
+        if expected and answer.meta["e_tag"] and version(answer.meta) != expected:
+            raise storage.StorageError(f"{url} has changed since its folder was indexed: call images.write_index again.")
+        return bytes(answer.bytes())  # obstore's own bytes lack most methods
+
     with storage.translate_errors(url):
         store = storage.store(bucket)
         if last is None:
-            return storage.retry(lambda: bytes(obstore.get(store, key).bytes()))  # obstore's own bytes lack most methods
+            return storage.retry(get_whole)
         try:
             if bucket not in _without_206:
                 return storage.retry(lambda: bytes(obstore.get_range(store, key, start=first, end=last)))

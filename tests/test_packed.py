@@ -6,7 +6,6 @@ Requests are counted, held and changed by a proxy in front of a real server; pro
 import contextlib
 import gc
 import io
-import json
 import multiprocessing
 import os
 import pickle
@@ -98,8 +97,9 @@ class Wire(FaultProxy):
         self.hold = self.change = lambda method, path: False
 
     def gets(self, prefix):
-        """The GETs of objects under a prefix."""
-        return [(path, span) for method, path, span in self.seen if method == "GET" and path.startswith(f"{prefix}/")]
+        """The GETs of images and shards under a prefix."""
+        return [(path, span) for method, path, span in self.seen
+                if method == "GET" and path.startswith(f"{prefix}/") and not path.endswith(images.INDEX)]
 
     def writes(self):
         return [path for method, path, _ in self.seen if method not in ("GET", "HEAD")]
@@ -269,13 +269,6 @@ def test_what_is_packed_reads_as_the_folder_it_was_made_from(name, shard_bytes):
             assert read == items(one) and sorted(read) == sorted(expected)
 
 
-def test_packed_images_are_decoded_like_loose_ones():
-    pack.pack("s3://pictures/tree", "s3://pictures/tree-decoded")
-    loose, shards = (images.S3ImageFolder(f"s3://pictures/tree{end}") for end in ("", "-decoded"))
-    assert all(torch.equal(one, other) and s == t for (one, s), (other, t) in
-               zip(items(images.loader(loose, 5)), items(images.loader(shards, 5)), strict=True))
-
-
 def test_workers_read_packed_images_through_a_cache_in_the_same_order(packed, tmp_path):
     here = images.loader(raw(packed), 7, shuffle=True)
     there = images.loader(raw(packed, cache_dir=tmp_path), 7, shuffle=True, num_workers=2)
@@ -325,12 +318,6 @@ def test_a_shard_is_a_tar_of_images_and_their_class_indices(directory, packed):
     assert [target for _, _, target in found] != sorted(target for _, _, target in found)  # shuffled
 
 
-def test_images_in_a_shard_have_their_extension_in_lower_case(directory):
-    pack.pack("s3://pictures/tree", "s3://pictures/tree-names")
-    with tarfile.open(directory / "pictures/tree-names/shard-000000.tar") as archive:
-        assert archive.getnames() == [f"{n:08}{end}" for n in range(len(TREE)) for end in (".png", ".cls")]
-
-
 def test_webdataset_reads_the_shards(directory):
     webdataset = pytest.importorskip("webdataset")
     url = pack.pack("s3://pictures/tree", "s3://pictures/tree-web", shard_bytes=8000)
@@ -339,73 +326,50 @@ def test_webdataset_reads_the_shards(directory):
     assert sorted(found) == sorted(plain(raw(url), range(len(TREE))))
 
 
-def test_the_index_tells_where_in_the_shard_each_image_is(packed):
-    index = json.loads(get("photos-packed/index.json"))
-    assert index["classes"] == ["a", "b", "c"]
-    assert sorted(name for name, *_ in index["samples"]) == sorted(PHOTOS)
-    for name, shard, offset, length, crc32 in index["samples"]:
-        data = get(f"photos-packed/{index['shards'][shard]}")[offset:offset + length]
-        assert data == PHOTOS[name] and zlib.crc32(data) == crc32
-
-
-def test_an_image_that_has_nothing_but_an_extension_for_its_name_is_an_image_in_the_shard_too(directory, fresh):
-    put(f"{fresh}/a/.jpg", b"data")
+def test_names_in_a_shard_end_in_lower_case_and_a_name_may_be_nothing_but_its_ending(directory, fresh):
+    for name in "a.PNG", ".jpg", "b.x.Png":
+        put(f"{fresh}/a/{name}", b"data")
     pack.pack(f"s3://pictures/{fresh}")
     with tarfile.open(directory / f"pictures/{fresh}-packed/shard-000000.tar") as archive:
-        assert archive.getnames() == ["00000000.jpg", "00000000.cls"]
+        assert sorted(name[8:] for name in archive.getnames()) == [".cls"] * 3 + [".jpg", ".png", ".png"]
 
 
-def test_another_index_json_beside_the_classes_is_ignored_and_no_pack(fresh):
-    copied(fresh)
-    put(f"{fresh}/index.json", b'{"a": 0, "b": 1}')
-    folder = raw(f"s3://pictures/{fresh}")
-    assert len(folder) == 12 and folder.ignored == 1
-
-
-def test_packing_where_there_is_another_index_json_is_an_error_that_says_what_to_do(fresh, packed):
-    put(f"{fresh}/index.json", b'{"a": 0, "b": 1}')
-    with pytest.raises(storage.StorageError, match=f"{fresh}.*another packed_url"):
-        pack.pack("s3://pictures/photos", f"s3://pictures/{fresh}")
+def test_a_file_of_the_index_s_name_that_is_none_is_an_error_that_says_what_to_do(fresh):
+    url = copied(fresh)
+    put(f"{fresh}/{images.INDEX}", b'{"a": 0, "b": 1}')
+    with pytest.raises(storage.StorageError, match=f"{url}/{images.INDEX} is no index.*delete"):
+        raw(url)
 
 
 # ------------------------------------------------------------------------------------------------------------ damage
 
 
-@pytest.fixture
-def index(fresh):
-    """The index of a pack of this test alone."""
-    pack_shards("s3://pictures/photos", f"s3://pictures/{fresh}")
-    return json.loads(get(f"{fresh}/index.json"))
-
-
-def test_a_flipped_byte_is_an_error_that_names_image_and_shard_or_is_skipped_with_a_warning(fresh, index):
-    bad, number, offset, *_ = index["samples"][20]
-    shard = index["shards"][number]
-    put(f"{fresh}/{shard}", turned(get(f"{fresh}/{shard}"), offset + 3))
-    folder = raw(f"s3://pictures/{fresh}")
-    with pytest.raises(storage.StorageError, match=f"{bad}.*{shard}"):
+@pytest.mark.parametrize("damage", ["a byte is turned", "the shard is gone"])
+def test_damage_is_an_error_that_names_image_and_shard_or_is_skipped_with_a_warning(fresh, damage):
+    url = f"s3://pictures/{fresh}"
+    pack_shards("s3://pictures/photos", url)
+    folder = raw(url)
+    shard = folder.span(20).object
+    key = shard.removeprefix("s3://pictures/")
+    if damage == "the shard is gone":
+        bad = [index for index in range(60) if folder.span(index).object == shard]
+        obstore.delete(storage.store("pictures"), key)
+    else:
+        bad = [20]
+        put(key, turned(get(key), folder.span(20).first + 3))
+    names = [folder.samples[index][0] for index in bad]
+    with pytest.raises(storage.StorageError, match=f"({'|'.join(names)}).*{shard}"):
         items(images.loader(folder, 8))
-    others = [i for i, (url, _) in enumerate(folder.samples) if not url.endswith(bad)]
-    assert [folder[i] for i in others] == plain(raw("s3://pictures/photos"), others)
-    folder = raw(f"s3://pictures/{fresh}", on_error="skip")
-    with pytest.warns(UserWarning, match=f"skipped .*{bad}.*{shard}"):
-        shown = items(images.loader(folder, 8))
-    assert list(folder.skipped) == [f"s3://pictures/{fresh}/{bad}"]
-    assert {data for data, _ in shown} == set(PHOTOS.values()) - {PHOTOS[bad]} and len(shown) == 60
-
-
-def test_a_shard_that_is_gone_is_an_error_that_names_image_and_shard_or_is_skipped_with_a_warning(fresh, index):
-    shard, gone = index["shards"][2], [name for name, number, *_ in index["samples"] if number == 2]
-    obstore.delete(storage.store("pictures"), f"{fresh}/{shard}")
-    with pytest.raises(storage.StorageError, match=f"({'|'.join(gone)}).*{shard}"):
-        items(images.loader(raw(f"s3://pictures/{fresh}"), 8))
-    folder = raw(f"s3://pictures/{fresh}", on_error="skip")
+    others = [index for index in range(60) if index not in bad]
+    assert [raw(url)[index] for index in others] == plain(raw("s3://pictures/photos"), others)
+    folder = raw(url, on_error="skip")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         shown = items(images.loader(folder, 8))
-    assert sorted(folder.skipped) == sorted(f"s3://pictures/{fresh}/{name}" for name in gone)
+    assert sorted(folder.skipped) == names
     assert {str(warning.message) for warning in said} == {f"skipped {reason}" for reason in folder.skipped.values()}
-    assert {data for data, _ in shown} == {PHOTOS[name] for name in PHOTOS if name not in gone} and len(shown) == 60
+    assert {data for data, _ in shown} == {data for name, data in PHOTOS.items() if f"{url}/{name}" not in names}
+    assert len(shown) == 60
 
 
 def test_a_damaged_image_is_read_anew_when_it_is_asked_for_again(packed):
@@ -450,7 +414,7 @@ def test_packing_that_was_killed_is_completed_to_the_same_bytes_and_no_finished_
         proxy.seen.clear()
         pack_shards("s3://pictures/photos", f"s3://pictures/{fresh}")
         written = {f"{fresh}/{name}" for number in ("000002", "000004")
-                   for name in (f"shard-{number}.tar", f"index/{number}.json", "index.json")}
+                   for name in (f"shard-{number}.tar", f"index/{number}.json", images.INDEX)}
         assert {path for path in proxy.writes() if "delete" not in path} == written
     assert contents(fresh) == whole
     now = storage.objects(f"s3://pictures/{fresh}")
@@ -481,19 +445,15 @@ def test_shards_that_killed_packing_with_other_settings_left_do_not_stay(fresh):
         process.join(20)
     assert len(storage.objects(f"s3://pictures/{fresh}")) == pack.SHARDS
     pack.pack("s3://pictures/photos", f"s3://pictures/{fresh}")
-    assert list(storage.objects(f"s3://pictures/{fresh}")) == ["index.json", "shard-000000.tar"]
-
-
-def test_packing_again_writes_nothing(packed):
-    with wire() as proxy:
-        assert pack.pack("s3://pictures/photos", shard_bytes=SHARD) == packed
-        assert not proxy.writes()
+    assert list(storage.objects(f"s3://pictures/{fresh}")) == [images.INDEX, "shard-000000.tar"]
 
 
 def test_a_pack_of_other_images_or_settings_is_not_overwritten_and_the_error_says_what_to_do(fresh):
     url = copied(fresh)
     there = pack.pack(url)
     before = contents(f"{fresh}-packed")
+    with wire() as proxy:
+        assert pack.pack(url) == there and not proxy.writes() and not proxy.gets(f"{fresh}/b")  # the same again
     say = re.escape(there) + r".*storage\.delete.*another packed_url"
     for settings in {"shard_bytes": 5000}, {"seed": 1}:
         with pytest.raises(storage.StorageError, match=say):
@@ -508,9 +468,9 @@ def test_a_pack_of_other_images_or_settings_is_not_overwritten_and_the_error_say
 
 def test_the_seed_decides_the_order_in_the_shards(fresh):
     url = copied(fresh)
-    rows = [[name for name, *_ in json.loads(images.fetch(pack.pack(url, f"{url}-{n}", seed=seed) + "/index.json"))
-             ["samples"]] for n, seed in enumerate((1, 1, 2))]
-    assert rows[0] == rows[1] != rows[2] and sorted(rows[0]) == sorted(rows[2])
+    firsts = [[folder.span(index).first for index in range(12)] for folder in (
+        raw(pack.pack(url, f"{url}-{n}", seed=seed)) for n, seed in enumerate((1, 1, 2)))]
+    assert firsts[0] == firsts[1] != firsts[2]
 
 
 def test_packing_what_has_no_images_is_an_error(fresh):
@@ -526,40 +486,20 @@ def one_time(name):
     return lambda method, path: method == "GET" and path == name and not times.update([path]) and times[path] == 1
 
 
-def test_an_image_that_comes_damaged_on_its_way_is_an_error_that_names_it_and_nothing_is_packed(fresh):
-    url = copied(fresh)
+@pytest.mark.parametrize("what", ["damaged once", "damaged always", "replaced by a longer one", "replaced by one as long"])
+def test_an_image_that_is_not_what_was_listed_is_an_error_that_names_it_and_nothing_is_packed(fresh, what):
+    url, key = copied(fresh), f"{fresh}/b/01.jpg"
+    data, first = PHOTOS["b/01.jpg"], one_time(key)
     with wire() as proxy:
-        proxy.change = one_time(f"{fresh}/b/01.jpg")
+        if what.startswith("damaged"):
+            proxy.change = first if what == "damaged once" else lambda method, path: (method, path) == ("GET", key)
+        else:  # when it is listed already
+            data = data + b"more" if "longer" in what else data[::-1]
+            proxy.hold = lambda method, path: first(method, path) and put(key, data)
         with pytest.raises(storage.StorageError, match=f"{url}/b/01.jpg.*checksum"):
             pack.pack(url)
     assert not storage.objects(f"{url}-packed")
     assert len(raw(pack.pack(url))) == 12
-
-
-def replaced_meanwhile(fresh, data):
-    """Pack, and put an image anew when the images are listed already."""
-    url = copied(fresh)
-    with wire() as proxy:
-        first = one_time(f"{fresh}/b/01.jpg")
-        proxy.hold = lambda method, path: first(method, path) and put(path, data)
-        with pytest.raises(storage.StorageError, match=f"{url}/b/01.jpg"):
-            pack.pack(url)
-
-
-def test_an_image_that_is_replaced_by_a_longer_one_while_it_is_packed_is_an_error_that_names_it(fresh):
-    replaced_meanwhile(fresh, PHOTOS["b/01.jpg"] + b"more")
-
-
-def test_an_image_that_is_replaced_by_one_as_long_while_it_is_packed_is_an_error_that_names_it(fresh):
-    replaced_meanwhile(fresh, PHOTOS["b/01.jpg"][::-1])
-
-
-def test_an_image_that_always_comes_damaged_is_an_error_that_names_it(fresh):
-    url = copied(fresh)
-    with wire() as proxy:
-        proxy.change = lambda method, path: method == "GET" and path == f"{fresh}/b/01.jpg"
-        with pytest.raises(storage.StorageError, match=f"{url}/b/01.jpg"):
-            pack.pack(url)
 
 
 def test_images_of_which_the_etag_is_no_checksum_are_packed_and_a_server_that_knows_ranges_gives_them(moto_env, bucket):
@@ -681,9 +621,10 @@ def fetch(url, *span):
     time.sleep(0.3)
     raise storage.StorageError("Nothing answers")
 
-images.fetch = fetch
 storage.connect()
-next(iter(images.loader(images.S3ImageFolder("s3://pictures/thousand", loader=bytes), 8)))
+folder = images.S3ImageFolder("s3://pictures/thousand", loader=bytes)
+images.fetch = fetch
+next(iter(images.loader(folder, 8)))
 """], cwd=storage.REPOSITORY, capture_output=True, text=True, timeout=60)
     assert "Nothing answers" in done.stderr and done.returncode == 1
     assert images.THREADS <= done.stdout.count("x") <= 2 * images.THREADS + 8  # and those begun before the error was seen
@@ -771,7 +712,7 @@ def test_what_was_read_once_is_read_from_the_cache_by_all_datasets_and_processes
         with reader(url, cache_dir=tmp_path / "made/by itself") as (_, pipe):
             pipe.send(1)
             assert sorted(pipe.recv()) == expected
-        assert {path for path, _ in proxy.gets(name)} <= {"photos-packed/index.json"}
+        assert not proxy.gets(name)
 
 
 def test_an_image_that_is_put_anew_is_read_anew_and_no_other(fresh, tmp_path):

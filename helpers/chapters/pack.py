@@ -3,78 +3,99 @@
 """Many small images side by side in tar shards."""
 
 import hashlib
-import io
 import itertools
 import json
 import random
 import tarfile
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 
 from helpers import images, storage
 
-def plan_shards(files, shard_bytes, seed):
-    """The names of the images, shuffled by seed, in lists of which each makes a tar of at most shard_bytes.
+def plan_shards(sizes, shard_bytes, seed):
+    """The numbers of the images, shuffled by seed, in arrays of which each makes a tar of at most shard_bytes.
 
-    files: {name: {"size": bytes, …}}. An image that is larger than that has a shard of its own.
+    sizes: bytes of each image. An image that is larger than that has a shard of its own.
     """
-    names = images.image_names(files)
-    random.Random(seed).shuffle(names)
-    shards, room = [], 0
-    for name in names:
-        size = 3 * 512 + -(-files[name]["size"] // 512) * 512  # two headers, the class index, the image
+    order = list(range(len(sizes)))
+    random.Random(seed).shuffle(order)
+    cuts, room = [], 0
+    for place, number in enumerate(order):
+        size = 3 * 512 + -(-int(sizes[number]) // 512) * 512  # two headers, the class index, the image
         if size > room:
-            shards.append([])
+            cuts.append(place)
             room = shard_bytes - 1024
-        shards[-1].append(name)
         room -= size
-    return shards
+    return np.split(np.array(order, np.int32), cuts[1:])
 
-def write_tar(contents, classes, number, first):
-    """One shard: its bytes, and [name, number of the shard, offset, size, CRC-32] of each image.
+PART = 8 * 2**20  # bytes of a shard that are sent at once, and of images that are fetched ahead
 
-    contents: [(name, bytes)]; the images are numbered from first.
+
+def make_tar(contents, number, places):
+    """The parts of a tar of images, the first of which has this number.
+
+    contents: (name, class index, bytes) of each; (first byte in the tar, CRC-32) of each goes to places.
     """
-    rows, file = [], io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for i, (name, data) in enumerate(contents, first):
-            rows.append([name, number, file.tell() + 512, len(data), zlib.crc32(data)])
-            ending = next(filter(name.lower().endswith, images.EXTENSIONS))
-            label = str(classes.index(name.split("/")[0])).encode()
-            for member, content in ((f"{i:08}{ending}", data), (f"{i:08}.cls", label)):
-                header = tarfile.TarInfo(member)
-                header.size = len(content)
-                tar.addfile(header, io.BytesIO(content))
-    return file.getvalue(), rows
+    part, before = bytearray(), 0
+    for number, (name, target, data) in enumerate(contents, number):
+        places.append((before + len(part) + 512, zlib.crc32(data)))
+        ending = next(filter(name.lower().endswith, images.EXTENSIONS))
+        for member, content in ((f"{number:08}{ending}", data), (f"{number:08}.cls", b"%d" % target)):
+            header = tarfile.TarInfo(member)
+            header.size = len(content)
+            part += header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
+        if len(part) >= PART:
+            yield part
+            before += len(part)
+            part = bytearray()
+    yield part + bytes(1024)
 
 def md5(data):
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+    return hashlib.md5(data, usedforsecurity=False).digest()
 
 
-def fetch_verified(url, file):
-    """The bytes of an object, as they were put. Raises StorageError when they are others."""
-    data, e_tag = images.fetch(url), (file["e_tag"] or "").strip('"')
-    if len(data) != file["size"] or md5(data) != e_tag and (is_md5(url, e_tag) or data != images.fetch(url)):
+def fetch_verified(url, size, version):
+    """The bytes of an object, as they were put. Raises StorageError when they are others. version: of images.Table."""
+    data = images.fetch(url)
+    if len(data) != size or md5(data) != version and (is_md5(url) or data != images.fetch(url)):
         raise storage.StorageError(f"{url} arrives with another checksum than it was stored with: upload it again.")
     return data
 
 
-def is_md5(url, e_tag):
-    """Whether an ETag is the contents' MD5: not that of parts, nor of what is encrypted with its owner's key."""
+def is_md5(url):
+    """Whether an object's ETag is its MD5: not that of parts, nor of what is encrypted with its owner's key."""
     bucket, key = storage.parse(url)
     with storage.translate_errors(url):
         head = storage.client(bucket).head_object(Bucket=bucket, Key=key)
-    return len(e_tag) == 32 and "SSECustomerAlgorithm" not in head and "kms" not in head.get("ServerSideEncryption", "")
+    kms = "kms" in head.get("ServerSideEncryption", "") or "SSECustomerAlgorithm" in head
+    return len(head["ETag"].strip('"')) == 32 and not kms
 
-def put_verified(url, data):
-    """Put an object. Raises StorageError when the server does not give back the same bytes."""
+def put_verified(url, parts):
+    """Put an object of some parts of bytes. Raises StorageError when the server does not give back the same bytes."""
     bucket, key = storage.parse(url)
+    s3, target, sent, doubtful, end = storage.client(bucket), {"Bucket": bucket, "Key": key}, [], [], 0
+    parts = itertools.chain(parts)
     with storage.translate_errors(url):
-        e_tag = storage.client(bucket).put_object(Bucket=bucket, Key=key, Body=data).get("ETag", "")
-        if md5(data) != e_tag.strip('"') and images.fetch(url) != data:
-            raise storage.StorageError(f"{url} was not stored as it was sent: try again.")
+        for number, part in enumerate(parts, 1):
+            if number == 1 and len(part) < PART:
+                e_tag = s3.put_object(**target, Body=part)["ETag"]
+            else:
+                if number == 1:
+                    target["UploadId"] = s3.create_multipart_upload(**target)["UploadId"]
+                e_tag = s3.upload_part(**target, PartNumber=number, Body=part)["ETag"]
+                sent.append({"PartNumber": number, "ETag": e_tag})
+            end += len(part)
+            if e_tag.strip('"') != md5(part).hex():
+                doubtful.append((end - len(part), end, md5(part)))
+        if sent:
+            s3.complete_multipart_upload(**target, MultipartUpload={"Parts": sent})
+    if any(md5(images.fetch(url, first, last)) != checksum for first, last, checksum in doubtful):
+        raise storage.StorageError(f"{url} was not stored as it was sent: try again.")
 
-SHARDS = 4  # written at once, each held in memory
+SHARDS = 4  # written at once
 
 
 class Packing:
@@ -82,42 +103,62 @@ class Packing:
 
     def __init__(self, url, packed_url, shard_bytes, seed):
         self.url, self.packed_url = url, packed_url
-        self.source, self.there = storage.objects(url), storage.objects(packed_url)
-        self.shards = plan_shards(self.source, shard_bytes, seed)
-        names = list(itertools.chain.from_iterable(self.shards))
-        if not names:
+        self.table, self.there = images.list_images(url), storage.objects(packed_url)
+        if not len(self.table.sizes):
             raise storage.StorageError(f"There are no class folders with images under {url}: check the name.")
-        self.classes = sorted({name.split("/")[0] for name in names})
+        self.shards = plan_shards(self.table.sizes, shard_bytes, seed)
         self.names = [f"shard-{number:06}.tar" for number in range(len(self.shards))]
-        self.firsts = list(itertools.accumulate(map(len, self.shards), initial=0))
-        content = "".join(f"{name} {self.source[name]['e_tag']} {self.source[name]['size']}\n" for name in names)
-        self.plan = {"images": hashlib.sha256(content.encode()).hexdigest(), "shard_bytes": shard_bytes, "seed": seed}
+        content = hashlib.sha256()
+        for i in itertools.chain.from_iterable(self.shards):
+            content.update(f'{self.table.name(i)} "{self.table.versions[i].tobytes().hex()}" {self.table.sizes[i]}\n'.encode())
+        self.plan = {"images": content.hexdigest(), "shard_bytes": shard_bytes, "seed": seed}
 
     def write(self, number):
-        """Write a shard and its piece of the index, if they are not there; the rows of the index."""
+        """Write a shard and its piece of the index, if they are not there; where its images are."""
         shard, piece = self.names[number], f"index/{number:06}.json"
         if shard in self.there and piece in self.there:
-            return self.read(piece)["samples"]
-        names = self.shards[number]
+            return self.check(json.loads(images.fetch(f"{self.packed_url}/{piece}")))["places"]
+        places, first = [], sum(map(len, self.shards[:number]))
+        put_verified(f"{self.packed_url}/{shard}", make_tar(self.fetch(self.shards[number].tolist()), first, places))
+        put_verified(f"{self.packed_url}/{piece}", [json.dumps({**self.plan, "places": places}).encode()])
+        return places
+
+    def fetch(self, numbers):
+        """(name, class index, bytes) of images, of which some are fetched ahead."""
+        table, waiting, held = self.table, deque(), 0
         with ThreadPoolExecutor(images.THREADS // SHARDS) as pool:
-            data = pool.map(lambda name: fetch_verified(f"{self.url}/{name}", self.source[name]), names)
-            tar, rows = write_tar(zip(names, data), self.classes, number, self.firsts[number])
-        put_verified(f"{self.packed_url}/{shard}", tar)
-        put_verified(f"{self.packed_url}/{piece}", json.dumps({**self.plan, "samples": rows}).encode())
-        return rows
+            for i in (*numbers, None):
+                while waiting and (i is None or held + table.sizes[i] > PART):
+                    before, future = waiting.popleft()
+                    held -= table.sizes[before]
+                    yield table.name(before), table.targets[before], future.result()
+                if i is not None:
+                    held += table.sizes[i]
+                    url, size, version = f"{self.url}/{table.name(i)}", table.sizes[i], table.versions[i].tobytes()
+                    waiting.append((i, pool.submit(fetch_verified, url, size, version)))
 
-    def remove_stale(self):
-        """Delete the shards of a pack with other settings that was cut off: WebDataset would read them, too."""
-        for name in {name for name in self.there if name.startswith("shard-")} - {*self.names}:
-            storage.delete(f"{self.packed_url}/{name}")
-
-    def read(self, name):
-        """A record that is there. Raises StorageError when it is of other images or settings."""
-        record = json.loads(images.fetch(f"{self.packed_url}/{name}"))
+    def check(self, record):
+        """The record, if it is of these images and settings. Raises StorageError otherwise."""
         if any(record.get(key) != value for key, value in self.plan.items()):
             raise storage.StorageError(f"{self.packed_url} holds a pack of other images, or with other settings: "
                                        f"delete it (storage.delete({self.packed_url!r})), or use another packed_url.")
         return record
+
+def write_shards(packing):
+    """Write the shards that are not there, and the index."""
+    table, shards = packing.table, packing.shards
+    places, firsts, crc32s = (np.zeros(len(table.sizes), kind) for kind in (np.int32, np.int64, ">u4"))
+    with storage.progress(len(places), f"packing {packing.url}", "image") as bar, ThreadPoolExecutor(SHARDS) as pool:
+        for number, found in enumerate(pool.map(packing.write, range(len(shards)))):
+            places[shards[number]] = number
+            firsts[shards[number]], crc32s[shards[number]] = np.array(found).T
+            bar.update(len(found))
+    for name in {name for name in packing.there if name.startswith("shard-")} - {*packing.names}:
+        storage.delete(f"{packing.packed_url}/{name}")  # cut off with other settings: WebDataset would read it, too
+    about = {**packing.plan, "classes": table.about["classes"], "shards": packing.names, "ignored": 0}
+    versions = crc32s.view(np.uint8).reshape(-1, 4)
+    index = table.replace(about, places=places, firsts=firsts, versions=versions).to_bytes()
+    put_verified(f"{packing.packed_url}/{images.INDEX}", [index])
 
 def pack(url, packed_url=None, shard_bytes=64 * 2**20, seed=0):
     """Write the images of class folders as tar shards with an index, which `S3ImageFolder` reads like the folders.
@@ -126,17 +167,10 @@ def pack(url, packed_url=None, shard_bytes=64 * 2**20, seed=0):
     something else is there already, or when an image does not arrive as it was stored.
     """
     url, packed_url = str(url).rstrip("/"), str(packed_url or f"{str(url).rstrip('/')}-packed").rstrip("/")
-    packing, rows = Packing(url, packed_url, shard_bytes, seed), []
+    packing = Packing(url, packed_url, shard_bytes, seed)
     if images.INDEX in packing.there:
-        packing.read(images.INDEX)
+        packing.check(images.read_index(packed_url).about)
     else:
-        with storage.progress(packing.firsts[-1], f"packing {url}", "image") as bar, ThreadPoolExecutor(SHARDS) as pool:
-            for part in pool.map(packing.write, range(len(packing.shards))):
-                rows += part
-                bar.update(len(part))
-        packing.remove_stale()
-        index = {**packing.plan, "classes": packing.classes, "shards": packing.names, "samples": rows}
-        put_verified(f"{packed_url}/{images.INDEX}", json.dumps(index).encode())
-    if rows or any(name.startswith("index/") for name in packing.there):
-        storage.delete(f"{packed_url}/index")
+        write_shards(packing)
+    storage.delete(f"{packed_url}/index")
     return packed_url
