@@ -316,8 +316,17 @@ def progress(total, description, unit="B", **options):
     if kernel and not bar.disable:
         from IPython.display import display
 
-        shown = display({"text/plain": str(bar)}, raw=True, display_id=True)
-        bar.sp = lambda line: shown.update({"text/plain": line}, raw=True)
+        shown = []
+
+        def show(line):
+            if shown:
+                shown[0].update({"text/plain": line}, raw=True)
+            else:
+                shown.append(display({"text/plain": line}, raw=True, display_id=True))
+
+        bar.sp = show
+        if not bar.delay:
+            bar.refresh()
     return bar
 
 
