@@ -106,8 +106,7 @@ def test_a_relative_path_is_one_of_the_project_unless_it_is_there_and_what_canno
     written("data_samples/jokes.csv", [("Question", "Answer"), ROWS[0]])
     assert jokes.read("data_samples/jokes.csv") == (ROWS[:1], 0)
     written("other.csv", [("ID", "Question", "Reply")])
-    Path("empty.csv").touch()
-    for name, said in ("none.csv", "no none.csv"), ("empty.csv", "none"), ("other.csv", "Answer.*: id, question, reply"):
+    for name, said in ("none.csv", "no .*none.csv"), ("other.csv", "Answer.*but id, question, reply"):
         with pytest.raises(storage.StorageError, match=said):
             jokes.read(name)
 
@@ -313,8 +312,8 @@ def test_minilm_is_a_decoder_with_the_weights_of_the_package_unless_they_are_dam
 
 def alone(code, *before, **environment):
     """What a Python of its own says, which has not read other variables yet."""
-    script = "\n".join(["from helpers.chapters.jokes import *", source("import matplotlib"), source("def find_base("),
-                        f"try:\n    print({code})\nexcept storage.StorageError as error:\n    print(type(error).__name__, error)"])
+    script = "\n".join(["from helpers.chapters.jokes import *\nfrom contextlib import suppress\nfrom importlib.util import find_spec",
+                        source("def find_base("), f"try:\n    print({code})\nexcept storage.StorageError as error:\n    print(type(error).__name__, error)"])
     done = subprocess.run([*before, sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
                           env={**os.environ, **environment}, cwd=storage.REPOSITORY)
     assert done.returncode == 0, done.stderr
@@ -348,10 +347,11 @@ def test_gpt2_comes_from_the_hub_then_from_its_cache_or_from_a_copy_in_the_bucke
     (tmp_path / "hub").mkdir()
     Hub.folder, mirror = tmp_path / "hub", "s3://jokes/models/gpt2"
     jokes.save(*untrained(), str(Hub.folder))
-    (Hub.folder / "main").write_text(json.dumps({"id": "gpt2", "sha": "0" * 40, "siblings": [
-        {"rfilename": path.name} for path in Hub.folder.iterdir()]}))  # what /api/models/gpt2/revision/main says
-    code, home = f'base := find_base("{mirror}"), float(load_base(base, [], 64)[0].lm_head.weight.sum())', tmp_path / "home"
-    expected = float(jokes.load_base(str(Hub.folder), [], 64)[0].lm_head.weight.sum())
+    files = [{"type": "file", "path": path.name, "size": 1, "oid": "0"} for path in Hub.folder.iterdir()]
+    (Hub.folder / "main").write_text(json.dumps({"id": "gpt2", "sha": "0" * 40}))  # /api/models/gpt2/revision/main,
+    (Hub.folder / ("0" * 40)).write_text(json.dumps(files))  # and /api/models/gpt2/tree/{sha}
+    code, home = f'base := find_base("{mirror}"), load_base(base, [], 64)[0].lm_head.weight.sum().item()', tmp_path / "home"
+    expected = jokes.load_base(str(Hub.folder), [], 64)[0].lm_head.weight.sum().item()
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         online = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}", HF_HUB_DISABLE_XET="1")

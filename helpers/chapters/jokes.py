@@ -51,7 +51,7 @@ def read(url):
     columns = [name.strip().lower() for name in next(csv.reader(lines, delimiter=delimiter), [])]
     wanted = ["question", "answer"] if "question" in columns else ["joke"]
     if not {*wanted} <= {*columns}:
-        raise storage.StorageError(f"{url} has no columns Question and Answer, or Joke: {', '.join(columns) or 'none'}.")
+        raise storage.StorageError(f"{url} has no columns Question and Answer, or Joke, but {', '.join(columns) or 'none'}.")
     rows = [fields and tuple(fields[columns.index(name)] for name in wanted)
             for fields in read_rows(lines[1:], delimiter, len(columns))]
     if wanted == ["joke"]:
