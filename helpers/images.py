@@ -5,24 +5,17 @@ Every image is a span of bytes: all of an object of its own, or a part of the sh
 
 import copy
 import functools
-import hashlib
 import itertools
-import json
 import multiprocessing
-import operator
 import os
-import re
 import shutil
 import uuid
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import date
 from pathlib import Path
-from typing import NamedTuple
 
 try:
     import fcntl
@@ -31,15 +24,12 @@ except ImportError:  # Windows: no cache_dir there
 
 import cv2
 import numpy as np
-import obstore
-import safetensors.torch
 import torch
-from obstore.exceptions import GenericError
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from helpers import storage
+from helpers.catalog import MadeList, Span, crc32, fetch, list_images, md5, read_index
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")  # as ImageFolder
 THREADS = 64  # requests in flight: hides 40 ms each
 CORES = os.cpu_count()  # threads that decode: OpenCV releases the GIL
 CHUNK = 4  # loose objects that a thread fetches one after the other: switching threads costs as much as decoding
@@ -49,16 +39,6 @@ WINDOW = 64 * 2**20  # bytes of announced images that are held at once, encoded
 DECODED = 2  # batches that are decoded ahead
 GAP = 128 * 2**10  # bytes that are read for nothing where that saves a request: it costs about as much time
 RANGE = 2 * 2**20  # bytes of a shard in one request
-INDEX = "index.safetensors"
-
-
-class Span(NamedTuple):
-    """Where an image lies: the bytes from first up to last of an object, and what changes when they do."""
-
-    object: str  # its URL
-    first: int
-    last: int
-    version: bytes  # CRC-32 of an image in a shard; the MD5 of an object, or of its ETag or date
 
 
 def decode(data, size=None, resize=None, squash=False):
@@ -130,9 +110,6 @@ class S3ImageFolder(Dataset):
         self.cache = (str(Path(cache_dir).expanduser().absolute()), cache_bytes, self.root) if cache_dir else None
         self.table = read_index(self.root) or list_images(self.root)
         found, self.shards, self.ignored = (self.table.about[name] for name in ("classes", "shards", "ignored"))
-        if not found:
-            raise storage.StorageError(f"There are no class folders with images under {self.root}: put some there with "
-                                       "notebook 01 (make run NOTEBOOKS=01), or check the name.")
         self.classes = list(classes or found)
         if unknown := ", ".join(name for name in found if name not in self.classes):
             raise storage.StorageError(f"{self.root} has classes that are not among those given: {unknown}.")
@@ -172,7 +149,7 @@ class S3ImageFolder(Dataset):
         return f"S3ImageFolder({self.root!r}): {len(self):,} images of {len(self.classes)} classes{how}"
 
     def __getitem__(self, index):
-        return self.__getitems__([index])[0]
+        return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices):
         # Fetched and decoded in threads, transformed here in order: random augmentation stays the same for a seed.
@@ -293,160 +270,6 @@ class S3ImageFolder(Dataset):
         return open_cache(*self.cache) if self.cache else None
 
 
-class MadeList(Sequence):
-    """A list of which each item is made when it is asked for."""
-
-    def __init__(self, length, make):
-        self.length, self.make = length, make
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        wanted = range(self.length)[index]
-        return self.make(wanted) if isinstance(wanted, int) else [self.make(i) for i in wanted]
-
-    def __eq__(self, other):
-        return isinstance(other, (list, MadeList)) and len(self) == len(other) and all(map(operator.eq, self, other))
-
-    def __repr__(self):
-        return repr(list(self))
-
-
-class Table:
-    """What is known of a million images, in columns: 70 bytes an image, of which all processes share one copy.
-
-    names: UTF-8, a zero after each; starts: where each begins. targets: numbers in about["classes"]. sizes: bytes.
-    versions: see Span. places, firsts, of a pack: numbers in about["shards"], and where in the shard an image begins.
-    """
-
-    def __init__(self, columns, about):
-        self.columns, self.about = columns, about  # tensors, which PyTorch hands to a process without a copy
-        vars(self).update({name: column.numpy() for name, column in columns.items()})
-
-    def __reduce__(self):
-        shared = {name: column if column.is_shared() else column.clone().share_memory_()
-                  for name, column in self.columns.items()}
-        self.__init__(shared, self.about)  # this process uses the same copy
-        return Table, (shared, self.about)
-
-    def replace(self, about=None, **columns):
-        """Another table of the same images; columns: arrays."""
-        new = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
-        return Table(self.columns | new, about or self.about)
-
-    def name(self, index):
-        return self.names[self.starts[index]:self.starts[index + 1] - 1].tobytes().decode()
-
-    def to_bytes(self):
-        about = torch.frombuffer(bytearray(json.dumps(self.about).encode()), dtype=torch.uint8)
-        return safetensors.torch.save({**self.columns, "about": about})
-
-
-def list_images(url):
-    """A Table of the images in class folders under a prefix in ImageFolder's order: a folder's files, then its folders'."""
-    prefix = storage.parse(url)[1]
-
-    def by_folder(items):
-        """[((class, folder), names, sizes, versions)] of the images of a page, and how many other files it has."""
-        names = (item["path"].removeprefix(f"{prefix}/") for item in items)
-        found = [(name, item) for name, item in zip(names, items) if "/" in name and name.lower().endswith(EXTENSIONS)]
-        parts = []
-        for folder, pairs in itertools.groupby(found, lambda pair: pair[0].rpartition("/")[0]):
-            names, files = zip(*pairs)
-            parts.append(((folder.split("/")[0], folder), "\0".join((*names, "")).encode(),
-                          np.array([file["size"] for file in files]).tobytes(), b"".join(map(version, files))))
-        return parts, len(items) - len(found)
-
-    parts, buffers, others = [], [bytearray(), bytearray(), bytearray()], 0  # what comes goes into three large pieces
-    for page, more in storage.list_pages(url, by_folder):
-        for folder, *columns in page:
-            parts.append((folder, [slice(len(buffer), len(buffer) + len(new)) for buffer, new in zip(buffers, columns)]))
-            for buffer, new in zip(buffers, columns):
-                buffer += new
-        others += more
-    parts.sort(key=lambda part: part[0])  # the names of one folder are in order already
-    classes = sorted({folder[0] for folder, _ in parts})
-    numbers = {name: i for i, name in enumerate(classes)}
-    names, sizes, versions = (bytearray().join(memoryview(buffer)[place[i]] for _, place in parts)
-                              for i, buffer in enumerate(buffers))
-    sizes, names = np.frombuffer(sizes, np.int64), np.frombuffer(names, np.uint8)
-    columns = {
-        "names": names, "starts": np.concatenate([[0], np.flatnonzero(names == 0) + 1]), "sizes": sizes,
-        "targets": np.repeat([numbers[folder[0]] for folder, _ in parts],
-                             [(place[1].stop - place[1].start) // 8 for _, place in parts]).astype(np.int32),
-        "versions": np.frombuffer(versions, np.uint8).reshape(-1, 16)}
-    about = {"classes": classes, "shards": None, "ignored": others}
-    return Table({name: torch.from_numpy(column) for name, column in columns.items()}, about)
-
-
-def version(file):
-    """16 bytes that change with an object: its ETag, where that is an MD5, or the MD5 of the ETag or date."""
-    text = (file["e_tag"] or str(file["last_modified"])).strip('"')
-    return bytes.fromhex(text) if re.fullmatch("[0-9a-f]{32}", text) else hashlib.md5(text.encode()).digest()
-
-
-def crc32(data):
-    return zlib.crc32(data).to_bytes(4, "big")
-
-
-def write_index(url):
-    """List the images of a folder, and keep the list there: `S3ImageFolder` starts with it, until you delete or write it.
-
-    What has changed or gone since is an error when it is read, but new images are not seen.
-    """
-    table = list_images(url)
-    bucket, key = storage.parse(f"{url}/{INDEX}")
-    with storage.translate_errors(url):
-        storage.client(bucket).put_object(
-            Bucket=bucket, Key=key, Body=table.replace({**table.about, "listed": str(date.today())}).to_bytes())
-
-
-def read_index(url):
-    """The Table that `write_index` or `pack` has left under a prefix, or None."""
-    try:
-        columns = safetensors.torch.load(fetch(f"{url}/{INDEX}"))
-        return Table(columns, json.loads(columns.pop("about").numpy().tobytes()))
-    except storage.NotFound:
-        return None
-    except (safetensors.SafetensorError, KeyError):
-        raise storage.StorageError(f"{url}/{INDEX} is no index of images: delete it.") from None
-
-
-def fetch(url, first=0, last=None, expected=None):
-    """The bytes of an object, all or from first up to last.
-
-    Raises StorageError when it cannot be read or, if all of it is asked for, has another version than expected.
-    """
-    bucket, key = storage.parse(url)
-
-    def get_whole():
-        answer = obstore.get(store, key)
-        if expected and answer.meta["e_tag"] and version(answer.meta) != expected:
-            raise storage.StorageError(f"{url} has changed since its folder was indexed: call images.write_index again.")
-        return bytes(answer.bytes())  # obstore's own bytes lack most methods
-
-    with storage.translate_errors(url):
-        store = storage.store(bucket)
-        if last is None:
-            return storage.retry(get_whole)
-        try:
-            if bucket not in _without_206:
-                return storage.retry(lambda: bytes(obstore.get_range(store, key, start=first, end=last)))
-        except GenericError as error:
-            if "non-partial" not in str(error):
-                raise
-            _without_206.add(bucket)
-        span = {"Bucket": bucket, "Key": key, "Range": f"bytes={first}-{last - 1}"}
-        data = storage.retry(lambda: storage.client(bucket).get_object(**span)["Body"].read())
-        if len(data) != last - first:
-            raise ValueError(f"the server gives {len(data)} bytes where {last - first} are asked for")
-        return data
-
-
-_without_206 = set()  # buckets of a server that gives a range with status 200, as rclone does; obstore refuses that
-
-
 def loader(dataset, batch_size, shuffle=False, num_workers=0, seed=0, **options):
     """A DataLoader of a dataset on S3; the same seed gives the same order, however many workers there are.
 
@@ -543,7 +366,7 @@ class Cache:
 
     def __init__(self, directory, limit, root):
         self.directory, self.limit, self.full = Path(directory), limit, False
-        self.folder = self.directory / md5(root)
+        self.folder = self.directory / md5(root.encode()).hex()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with self._locked_account():
@@ -619,7 +442,7 @@ class Cache:
         return sum(sizes.values())
 
     def _path(self, url):
-        name = md5(url)
+        name = md5(url.encode()).hex()
         return f"{self.folder}/{name[:2]}/{name}"
 
     @staticmethod
@@ -628,7 +451,3 @@ class Cache:
 
 
 open_cache = functools.cache(Cache)  # one per process
-
-
-def md5(text):
-    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()

@@ -35,7 +35,7 @@ from servers.embedded import connected
 from servers.fault_proxy import Connection, FaultProxy, fault_proxy
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from helpers import images, storage
+from helpers import catalog, images, storage
 from helpers.chapters import pack
 
 TREE = ["ant/z.png", "ant/10.png", "ant/9.png", "ant/B.PNG", "ant/v1.2.final.png", "ant/sub/a.png", "ant/sub b/c.png",
@@ -99,7 +99,7 @@ class Wire(FaultProxy):
     def gets(self, prefix):
         """The GETs of images and shards under a prefix."""
         return [(path, span) for method, path, span in self.seen
-                if method == "GET" and path.startswith(f"{prefix}/") and not path.endswith(images.INDEX)]
+                if method == "GET" and path.startswith(f"{prefix}/") and not path.endswith(catalog.INDEX)]
 
     def writes(self):
         return [path for method, path, _ in self.seen if method not in ("GET", "HEAD")]
@@ -336,8 +336,8 @@ def test_names_in_a_shard_end_in_lower_case_and_a_name_may_be_nothing_but_its_en
 
 def test_a_file_of_the_index_s_name_that_is_none_is_an_error_that_says_what_to_do(fresh):
     url = copied(fresh)
-    put(f"{fresh}/{images.INDEX}", b'{"a": 0, "b": 1}')
-    with pytest.raises(storage.StorageError, match=f"{url}/{images.INDEX} is no index.*delete"):
+    put(f"{fresh}/{catalog.INDEX}", b'{"a": 0, "b": 1}')
+    with pytest.raises(storage.StorageError, match=f"{url}/{catalog.INDEX} is no index.*delete"):
         raw(url)
 
 
@@ -409,12 +409,12 @@ def test_packing_that_was_killed_is_completed_to_the_same_bytes_and_no_finished_
         process.kill()
         process.join(20)
         left = storage.objects(f"s3://pictures/{fresh}")
-        assert len(left) == 2 * shards - 3 and images.INDEX not in left
+        assert len(left) == 2 * shards - 3 and catalog.INDEX not in left
         proxy.hold = lambda method, path: False
         proxy.seen.clear()
         pack_shards("s3://pictures/photos", f"s3://pictures/{fresh}")
         written = {f"{fresh}/{name}" for number in ("000002", "000004")
-                   for name in (f"shard-{number}.tar", f"index/{number}.json", images.INDEX)}
+                   for name in (f"shard-{number}.tar", f"index/{number}.json", catalog.INDEX)}
         assert {path for path in proxy.writes() if "delete" not in path} == written
     assert contents(fresh) == whole
     now = storage.objects(f"s3://pictures/{fresh}")
@@ -445,7 +445,7 @@ def test_shards_that_killed_packing_with_other_settings_left_do_not_stay(fresh):
         process.join(20)
     assert len(storage.objects(f"s3://pictures/{fresh}")) == pack.SHARDS
     pack.pack("s3://pictures/photos", f"s3://pictures/{fresh}")
-    assert list(storage.objects(f"s3://pictures/{fresh}")) == [images.INDEX, "shard-000000.tar"]
+    assert list(storage.objects(f"s3://pictures/{fresh}")) == [catalog.INDEX, "shard-000000.tar"]
 
 
 def test_a_pack_of_other_images_or_settings_is_not_overwritten_and_the_error_says_what_to_do(fresh):

@@ -2,18 +2,17 @@
 
 """Many small images side by side in tar shards."""
 
+import base64
 import hashlib
-import itertools
 import json
 import random
 import tarfile
 import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from helpers import images, storage
+from helpers import catalog, images, storage
 
 def plan_shards(sizes, shard_bytes, seed):
     """The numbers of the images, shuffled by seed, in arrays of which each makes a tar of at most shard_bytes.
@@ -42,7 +41,7 @@ def make_tar(contents, number, places):
     part, before = bytearray(), 0
     for number, (name, target, data) in enumerate(contents, number):
         places.append((before + len(part) + 512, zlib.crc32(data)))
-        ending = next(filter(name.lower().endswith, images.EXTENSIONS))
+        ending = next(filter(name.lower().endswith, catalog.EXTENSIONS))
         for member, content in ((f"{number:08}{ending}", data), (f"{number:08}.cls", b"%d" % target)):
             header = tarfile.TarInfo(member)
             header.size = len(content)
@@ -53,14 +52,10 @@ def make_tar(contents, number, places):
             part = bytearray()
     yield part + bytes(1024)
 
-def md5(data):
-    return hashlib.md5(data, usedforsecurity=False).digest()
-
-
 def fetch_verified(url, size, version):
-    """The bytes of an object, as they were put. Raises StorageError when they are others. version: of images.Table."""
+    """The bytes of an object, as they were put. Raises StorageError when they are others. version: of catalog.Table."""
     data = images.fetch(url)
-    if len(data) != size or md5(data) != version and (is_md5(url) or data != images.fetch(url)):
+    if len(data) != size or catalog.md5(data) != version and (is_md5(url) or data != images.fetch(url)):
         raise storage.StorageError(f"{url} arrives with another checksum than it was stored with: upload it again.")
     return data
 
@@ -74,26 +69,25 @@ def is_md5(url):
     return len(head["ETag"].strip('"')) == 32 and not kms
 
 def put_verified(url, parts):
-    """Put an object of some parts of bytes. Raises StorageError when the server does not give back the same bytes."""
+    """Put an object of parts of bytes, of which only the last may be smaller than PART."""
     bucket, key = storage.parse(url)
-    s3, target, sent, doubtful, end = storage.client(bucket), {"Bucket": bucket, "Key": key}, [], [], 0
-    parts = itertools.chain(parts)
+    s3, target, sent = storage.client(bucket), {"Bucket": bucket, "Key": key}, []
     with storage.translate_errors(url):
-        for number, part in enumerate(parts, 1):
-            if number == 1 and len(part) < PART:
-                e_tag = s3.put_object(**target, Body=part)["ETag"]
-            else:
+        try:
+            for number, part in enumerate(parts, 1):
+                body = {"Body": part, "ContentMD5": base64.b64encode(catalog.md5(part)).decode()}
+                if number == 1 and len(part) < PART:
+                    s3.put_object(**target, **body)
+                    return
                 if number == 1:
                     target["UploadId"] = s3.create_multipart_upload(**target)["UploadId"]
-                e_tag = s3.upload_part(**target, PartNumber=number, Body=part)["ETag"]
-                sent.append({"PartNumber": number, "ETag": e_tag})
-            end += len(part)
-            if e_tag.strip('"') != md5(part).hex():
-                doubtful.append((end - len(part), end, md5(part)))
-        if sent:
+                answer = s3.upload_part(**target, **body, PartNumber=number)
+                sent.append({"PartNumber": number, "ETag": answer["ETag"]})
             s3.complete_multipart_upload(**target, MultipartUpload={"Parts": sent})
-    if any(md5(images.fetch(url, first, last)) != checksum for first, last, checksum in doubtful):
-        raise storage.StorageError(f"{url} was not stored as it was sent: try again.")
+        except BaseException:
+            if "UploadId" in target:
+                s3.abort_multipart_upload(**target)
+            raise
 
 SHARDS = 4  # written at once
 
@@ -103,39 +97,32 @@ class Packing:
 
     def __init__(self, url, packed_url, shard_bytes, seed):
         self.url, self.packed_url = url, packed_url
-        self.table, self.there = images.list_images(url), storage.objects(packed_url)
-        if not len(self.table.sizes):
-            raise storage.StorageError(f"There are no class folders with images under {url}: check the name.")
+        self.table, self.there = catalog.list_images(url), storage.objects(packed_url)
         self.shards = plan_shards(self.table.sizes, shard_bytes, seed)
         self.names = [f"shard-{number:06}.tar" for number in range(len(self.shards))]
-        content = hashlib.sha256()
-        for i in itertools.chain.from_iterable(self.shards):
-            content.update(f'{self.table.name(i)} "{self.table.versions[i].tobytes().hex()}" {self.table.sizes[i]}\n'.encode())
+        content = hashlib.sha256(b"".join(map(bytes, (self.table.names, self.table.versions, self.table.sizes))))
         self.plan = {"images": content.hexdigest(), "shard_bytes": shard_bytes, "seed": seed}
 
     def write(self, number):
         """Write a shard and its piece of the index, if they are not there; where its images are."""
-        shard, piece = self.names[number], f"index/{number:06}.json"
+        shard, piece, places = self.names[number], f"index/{number:06}.json", []
         if shard in self.there and piece in self.there:
             return self.check(json.loads(images.fetch(f"{self.packed_url}/{piece}")))["places"]
-        places, first = [], sum(map(len, self.shards[:number]))
-        put_verified(f"{self.packed_url}/{shard}", make_tar(self.fetch(self.shards[number].tolist()), first, places))
+        first = sum(map(len, self.shards[:number]))
+        with ThreadPoolExecutor(images.THREADS // SHARDS) as pool:
+            put_verified(f"{self.packed_url}/{shard}", make_tar(self.fetch(self.shards[number], pool), first, places))
         put_verified(f"{self.packed_url}/{piece}", [json.dumps({**self.plan, "places": places}).encode()])
         return places
 
-    def fetch(self, numbers):
-        """(name, class index, bytes) of images, of which some are fetched ahead."""
-        table, waiting, held = self.table, deque(), 0
-        with ThreadPoolExecutor(images.THREADS // SHARDS) as pool:
-            for i in (*numbers, None):
-                while waiting and (i is None or held + table.sizes[i] > PART):
-                    before, future = waiting.popleft()
-                    held -= table.sizes[before]
-                    yield table.name(before), table.targets[before], future.result()
-                if i is not None:
-                    held += table.sizes[i]
-                    url, size, version = f"{self.url}/{table.name(i)}", table.sizes[i], table.versions[i].tobytes()
-                    waiting.append((i, pool.submit(fetch_verified, url, size, version)))
+    def fetch(self, numbers, pool):
+        """(name, class index, bytes) of images, some at a time."""
+        some = np.cumsum(self.table.sizes[numbers]) // PART
+        for chunk in np.split(numbers, np.flatnonzero(np.diff(some)) + 1):
+            yield from pool.map(self.fetch_one, chunk)
+
+    def fetch_one(self, i):
+        name, version = self.table.name(i), self.table.versions[i].tobytes()
+        return name, self.table.targets[i], fetch_verified(f"{self.url}/{name}", self.table.sizes[i], version)
 
     def check(self, record):
         """The record, if it is of these images and settings. Raises StorageError otherwise."""
@@ -158,7 +145,7 @@ def write_shards(packing):
     about = {**packing.plan, "classes": table.about["classes"], "shards": packing.names, "ignored": 0}
     versions = crc32s.view(np.uint8).reshape(-1, 4)
     index = table.replace(about, places=places, firsts=firsts, versions=versions).to_bytes()
-    put_verified(f"{packing.packed_url}/{images.INDEX}", [index])
+    put_verified(f"{packing.packed_url}/{catalog.INDEX}", [index])
 
 def pack(url, packed_url=None, shard_bytes=64 * 2**20, seed=0):
     """Write the images of class folders as tar shards with an index, which `S3ImageFolder` reads like the folders.
@@ -168,8 +155,8 @@ def pack(url, packed_url=None, shard_bytes=64 * 2**20, seed=0):
     """
     url, packed_url = str(url).rstrip("/"), str(packed_url or f"{str(url).rstrip('/')}-packed").rstrip("/")
     packing = Packing(url, packed_url, shard_bytes, seed)
-    if images.INDEX in packing.there:
-        packing.check(images.read_index(packed_url).about)
+    if catalog.INDEX in packing.there:
+        packing.check(catalog.read_index(packed_url).about)
     else:
         write_shards(packing)
     storage.delete(f"{packed_url}/index")
