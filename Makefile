@@ -1,9 +1,9 @@
-# make setup | run | test | lab | bench | export | clean      (make run NOTEBOOKS="02 03" ARGS="-p epochs 3")
+# make setup | run | site | test | lab | bench | export | clean      (make run NOTEBOOKS="02 03" ARGS="-p epochs 3")
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup run test lab bench export clean lock
+.PHONY: setup run site test lab bench export clean lock
 
 setup: $(VENV)/installed
 
@@ -17,6 +17,11 @@ $(VENV)/installed: requirements.lock pyproject.toml
 
 run: setup
 	$(BIN)/python -m helpers run $(NOTEBOOKS) $(ARGS)
+
+# The executed notebooks and their index as a folder that asks for nothing outside: what a run writes is that already.
+site: setup
+	rm -rf site
+	$(BIN)/python -m helpers run $(NOTEBOOKS) $(ARGS) --output site
 
 test: setup
 	$(BIN)/python -m pytest
@@ -37,7 +42,7 @@ bench: setup
 	$(BIN)/python -m helpers run 10 $(ARGS)
 
 clean:
-	rm -rf $(VENV) runs .s3 .pytest_cache *.egg-info helpers/__pycache__ helpers/chapters/__pycache__ tests/__pycache__
+	rm -rf $(VENV) runs site .s3 .pytest_cache *.egg-info helpers/__pycache__ helpers/chapters/__pycache__ tests/__pycache__
 
 # Needs uv (any way you like: pipx install uv). The command is each lock's first line. What a newcomer does not need, the
 # libraries that are compared and the optional tracker, is in a lock of its own: what these add to the first.

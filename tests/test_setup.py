@@ -7,10 +7,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import yaml
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent.parent
+from executed import NOTEBOOKS, ROOT
+
 LOCK, BENCH = ((ROOT / f"requirements{name}.lock").read_text().splitlines() for name in ("", "-bench"))
 
 
@@ -72,6 +74,34 @@ def test_make_passes_notebooks_and_parameters_on():
 
 def test_a_second_make_installs_nothing():
     assert "pip install" not in make("run") + make("test") + make("lab")
+
+
+def test_the_readmes_commands_work_as_typed(embedded, tmp_path):
+    """Those that need no account, token, installation or time; of the notebooks, the parameters alone, and not executed."""
+    for name in "Makefile", "pyproject.toml", "requirements.lock":
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "notebooks").mkdir()
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+        nbformat.write(notebook, tmp_path / "notebooks" / path.name)
+    (tmp_path / ".venv").mkdir()
+    for name in "bin", "lib", "share", "pyvenv.cfg":
+        (tmp_path / ".venv" / name).symlink_to(Path(sys.prefix) / name)
+    (tmp_path / ".venv/installed").touch()
+    (tmp_path / "sitecustomize.py").write_text(
+        "import functools, papermill\n"
+        "papermill.execute_notebook = functools.partial(papermill.execute_notebook, prepare_only=True)\n")
+    blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    commands = [line for line in "".join(blocks).splitlines()
+                if re.match(r"make run|make site|\S+ -m helpers", line) and not re.search(" rent | bot |--processes", line)]
+    assert len(commands) >= 8
+    outside = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for command in commands:
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=outside, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    assert len(list((tmp_path / "site").glob("*.html"))) == 11
+    assert any(len(list(run.glob("02_*-0[1-4].ipynb"))) == 4 for run in (tmp_path / "runs").iterdir()), "the sweep"
 
 
 def test_ci_calls_the_readmes_test_command():
