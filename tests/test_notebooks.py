@@ -2,9 +2,15 @@
 what they leave in the bucket."""
 
 import contextlib
+import itertools
 import os
 import re
+import secrets
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -31,7 +37,8 @@ def contents(bucket):
     for name, item in storage.objects(f"s3://{bucket}").items():
         name = re.sub(r"\d{4}-\d\d-\d\dT[\d.-]+", "TIME", name)
         assert name not in found
-        found[name] = item["size"] and (item["e_tag"] if not name.startswith("runs/") or "/model/" in name else None)
+        checked = not name.startswith("runs/") or "/model/" in name
+        found[name] = item["size"] and (item["e_tag"].strip('"') if checked else None)
     return found
 
 
@@ -56,17 +63,75 @@ def test_a_notebook_is_as_a_reader_expects_it(path):
     assert max(len(cell.source.splitlines()) for cell in code if not cell.source.startswith("#| export")) <= 25
 
 
+# ------------------------------------------------------------------------------------ from anywhere, by any tool
+
+
+def call(folder, *words):
+    """A command of the environment's in a folder; fails with what it said."""
+    done = subprocess.run([Path(sys.executable).with_name(words[0]), *map(str, words[1:])], cwd=folder,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The parameters of a short way from a zip to predictions, but for the bucket."""
+    path = tmp_path_factory.mktemp("zip") / "some_leaves.zip"
+    with zipfile.ZipFile(ROOT / "data_samples/leaves.zip") as leaves, zipfile.ZipFile(path, "w") as some:
+        for name in leaves.namelist()[::6]:
+            some.writestr(leaves.getinfo(name), leaves.read(name))
+    return {"dataset_zip": str(path), "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def whole(embedded_env, tmp_path_factory, small):
+    """A bucket that 01 to 03 have filled, by papermill's own command and nbconvert, each from another folder."""
+    bucket, folder = f"test-{secrets.token_hex(6)}", tmp_path_factory.mktemp("whole")
+    options = [word for name, value in (small | {"bucket": bucket}).items() for word in ("-p", name, value)]
+    with connected(embedded_env):
+        call(ROOT, "papermill", "notebooks/01_bucket_setup.ipynb", folder / "01.ipynb", *options)
+        call(ROOT / "notebooks", "papermill", "02_train_cnn_from_s3.ipynb", folder / "02.ipynb", *options)
+        call(ROOT, "papermill", "--prepare-only", BY_NUMBER["03"], folder / "03.ipynb", *options)
+        call(folder, "jupyter", "nbconvert", "--execute", "--to", "notebook", "03.ipynb", "--output", "executed.ipynb")
+        return SimpleNamespace(bucket=bucket, folder=folder, contents=contents(bucket))
+
+
+def test_from_any_folder_and_by_any_tool_it_is_the_same(whole, moto_env, tmp_path, bucket, small):
+    assert run.read_results(whole.folder / "executed.ipynb")["images"] == 15
+    training = nbformat.read(whole.folder / "02.ipynb", as_version=4)
+    bars = [cell.outputs for cell in training.cells if cell.cell_type == "code" and "loop.fit(" in cell.source]
+    assert bars and all(len(outputs) < 4 for outputs in bars), "a progress bar is one output"
+    options = [word for name, value in (small | {"bucket": bucket}).items() for word in ("-p", name, value)]
+    with connected(moto_env):
+        storage.create_bucket(f"{bucket}-notebooks")
+        for number in "01", "02", "03":
+            storage.write(f"s3://{bucket}-notebooks/{number}.ipynb", BY_NUMBER[number].read_bytes())
+        call(tmp_path, "papermill", f"s3://{bucket}-notebooks/01.ipynb", f"s3://{bucket}-notebooks/out.ipynb", *options)
+        for number in "02", "03":
+            call(tmp_path, "papermill", "--prepare-only", BY_NUMBER[number], f"{number}.ipynb", *options)
+        call(tmp_path, "pytest", "-p", "no:cacheprovider", "--nbmake", "02.ipynb", "03.ipynb")
+        executed = nbformat.reads(storage.read(f"s3://{bucket}-notebooks/out.ipynb").decode(), as_version=4)
+        assert run.read_results(executed)["train"] == 70
+        assert contents(bucket) == whole.contents
+
+
+def test_helpers_are_found_beside_a_notebook_without_installing(tmp_path):
+    code = ("import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder)]\n"
+            "sys.path.insert(0, '')\nimport helpers.storage; print(helpers.storage.REPOSITORY)")
+    for folder, found in (ROOT / "notebooks", str(ROOT)), (tmp_path, ""):
+        done = subprocess.run([sys.executable, "-P", "-c", code], cwd=folder, capture_output=True, text=True)
+        assert done.stdout.strip() == found
+
+
 # ---------------------------------------------------------------------------------------- from a zip to predictions
 
 
-@pytest.mark.parametrize("server", ["embedded", "moto", "ceph"])
-def test_from_a_zip_to_predictions(server, request, tmp_path, bucket, every):
+@pytest.mark.parametrize("server", ["embedded", "ceph"])
+def test_from_a_zip_to_predictions(server, request, tmp_path, bucket, small):
     environment = request.getfixturevalue(f"{server}_env")
     with connected(environment):
         before = on_disk()
-        options = {"embedded": {}, "moto": dict(epochs=1, dataset_zip=every(4)),
-                   "ceph": dict(epochs=1, dataset_zip=every(4), num_workers=2)}[server]
-
+        options = {"embedded": {}, "ceph": dict(small, epochs=1, num_workers=2)}[server]
         results = execute("01 02 03", tmp_path, bucket=bucket, **options)
         for rate in ("train_images_per_second", "loader_images_per_second", "loader_speedup_over_naive"):
             assert results[rate] > 0
@@ -91,40 +156,28 @@ def test_from_a_zip_to_predictions(server, request, tmp_path, bucket, every):
         for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
             assert not any(environment[name].encode() in text for text in written), f"{name} is in an output"
 
-        if server == "moto":  # 03 predicts a local folder, too
-            names = list(storage.objects(f"s3://{bucket}/leaves/test"))[::2]
-            for name in names:
-                path = tmp_path / "mine" / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(bytes(storage.obstore.get(storage.store(bucket), f"leaves/test/{name}").bytes()))
-            local = execute("03", tmp_path, bucket=bucket, test_url=str(tmp_path / "mine"))
-            assert local["images"] == len(names) > 5
 
+def test_a_local_folder_is_predicted_too_and_another_split_is_refused(embedded, tmp_path, whole, small):
+    names = list(storage.objects(f"s3://{whole.bucket}/leaves/test"))[::2]
+    for name in names:
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(storage.obstore.get(storage.store(whole.bucket), f"leaves/test/{name}").bytes()))
+    assert execute("03", tmp_path, bucket=whole.bucket, test_url=str(tmp_path / "mine"))["images"] == len(names) > 5
 
-def test_running_01_again_changes_nothing_and_another_split_is_refused(embedded, tmp_path, bucket, every):
-    some = dict(bucket=bucket, dataset_zip=every(6))
-
-    def written():
-        return {name: item["last_modified"] for name, item in storage.objects(f"s3://{bucket}/leaves").items()}
-
-    execute("01", tmp_path, **some)
-    first = written()
-    execute("01", tmp_path, **some)
-    assert written() == first
-    [outcome] = run.run_notebooks([BY_NUMBER["01"]], dict(some, split="80/10/10"), tmp_path / "again")
+    before = storage.objects(f"s3://{whole.bucket}/leaves")
+    options = dict(bucket=whole.bucket, dataset_zip=small["dataset_zip"], split="80/10/10")
+    [outcome] = run.run_notebooks([BY_NUMBER["01"]], options, tmp_path / "again")
     assert outcome.status == "FAILED" and "is split already, with other ratios" in outcome.error
-    assert written() == first
+    assert storage.objects(f"s3://{whole.bucket}/leaves") == before  # nor is anything uploaded again
 
 
-@pytest.mark.parametrize("number, needed", [("02", "01"), ("03", "02"), ("07", "05")])
-def test_each_notebook_alone_says_which_one_it_needs(number, needed, embedded, tmp_path, bucket):
-    for exists in (False, True):
-        if exists:
-            storage.create_bucket(bucket)
-        [outcome] = run.run_notebooks([BY_NUMBER[number]], dict(bucket=bucket), tmp_path / f"{exists}")
-        assert outcome.status == "FAILED"
-        assert f"make run NOTEBOOKS={needed if exists or number == '07' else '01'}" in outcome.error
-        assert bucket in outcome.error
+def test_each_notebook_alone_says_which_one_it_needs(embedded, tmp_path, bucket):
+    for number, needed in ("02", "01"), ("03", "02"), ("07", "05"):
+        [outcome] = run.run_notebooks([BY_NUMBER[number]], dict(bucket=bucket), tmp_path / number)
+        assert outcome.status == "FAILED" and bucket in outcome.error
+        assert f"make run NOTEBOOKS={needed}" in outcome.error
+        storage.create_bucket(bucket)  # the first looks for data where there is no bucket
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")
@@ -138,17 +191,6 @@ def test_real_photos(embedded, tmp_path, bucket):
 # ------------------------------------------------------------------------------------------------ when things break
 
 
-def test_a_server_that_fails_all_the_time_and_cannot_copy(embedded, tmp_path, bucket, every):
-    execute("01 02 03", tmp_path, bucket=bucket, epochs=1, dataset_zip=every(20))
-    whole = contents(bucket)
-    faults = dict(slow_down_every=3, reset_every=7, truncate_every=5, no_copy=True)
-    url = embedded["AWS_ENDPOINT_URL"]
-    with fault_proxy(url, **faults) as proxy, connected({**embedded, "AWS_ENDPOINT_URL": proxy.url}):
-        execute("01 02 03", tmp_path, bucket=f"{bucket}-faults", epochs=1, dataset_zip=every(20))
-        assert min(proxy.slow_downs, proxy.resets, proxy.truncations) > 10 and proxy.copies_refused
-    assert contents(f"{bucket}-faults") == whole
-
-
 def kill_the_kernel():
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -156,35 +198,34 @@ def kill_the_kernel():
                 process.kill()
 
 
-MOMENTS = [("upload", "01", 0.25), ("split", "01", 0.65), ("training", "02", 0.8)]  # and when, as a part of the requests
+def kill_at(proxy, request, count, number, tmp_path, **options):
+    """Run a notebook whose kernel is killed at so many requests like this one; the proxy goes on then."""
+    seen = itertools.count(1)
+
+    def look(_):
+        if re.search(request, proxy.latest) and next(seen) == count:
+            kill_the_kernel()
+
+    proxy.on_request = look
+    [outcome] = run.run_notebooks([BY_NUMBER[number]], options, tmp_path / f"killed at {count}")
+    proxy.on_request = None
+    assert outcome.status == "FAILED" and "DeadKernelError" in outcome.error
 
 
-@pytest.mark.parametrize("moment, number, part", MOMENTS)
-def test_a_kernel_killed_in_the_middle(moment, number, part, embedded, tmp_path, bucket, every):
-    whole, killed, data = f"{bucket}-whole", f"{bucket}-killed", dict(dataset_zip=every(4))
-    options = data if number == "01" else dict(epochs=2)
-    url = embedded["AWS_ENDPOINT_URL"]
-    with fault_proxy(url) as proxy, connected({**embedded, "AWS_ENDPOINT_URL": proxy.url}):
-        if number == "02":
-            execute("01", tmp_path, bucket=whole, **data)
-            execute("01", tmp_path, bucket=killed, **data)
-        before = proxy.requests
-        execute(number, tmp_path, bucket=whole, **options)
-        last = proxy.requests + int(part * (proxy.requests - before))
-
-        proxy.on_request = lambda count: kill_the_kernel() if count == last else None
-        [outcome] = run.run_notebooks([BY_NUMBER[number]], dict(bucket=killed, **options), tmp_path / "killed")
-        proxy.on_request = None
-        assert outcome.status == "FAILED" and "DeadKernelError" in outcome.error
-        names = storage.objects(f"s3://{killed}")
-        if moment == "upload":
-            assert 0 < sum("/raw/" in name for name in names) < 150
-        if moment == "split":
-            assert 0 < sum("/train/" in name for name in names) < 105
-        if moment == "training":
-            assert not any(name.startswith("models/") for name in names)
-
-            assert any("/checkpoints/step_" in name for name in names)  # to go on from
-
-        execute(number, tmp_path, bucket=killed, **options)
-        assert contents(killed) == contents(whole)
+def test_a_server_that_fails_all_the_time_and_kernels_killed_in_the_middle(embedded, tmp_path, bucket, small, whole):
+    """In upload, split and training, on a server that cannot copy either: in the end all is as if nothing had been."""
+    faults = dict(slow_down_every=5, reset_every=11, truncate_every=7, no_copy=True)
+    data = dict(bucket=bucket, dataset_zip=small["dataset_zip"])
+    with fault_proxy(embedded["AWS_ENDPOINT_URL"], **faults) as proxy, \
+            connected(embedded | {"AWS_ENDPOINT_URL": proxy.url}):
+        kill_at(proxy, "PUT .*/raw/", 50, "01", tmp_path, **data)
+        assert 0 < sum("/raw/" in name for name in storage.objects(f"s3://{bucket}")) < 100
+        kill_at(proxy, "PUT .*/train/", 36, "01", tmp_path, **data)
+        assert 0 < sum("/train/" in name for name in storage.objects(f"s3://{bucket}")) < 70
+        execute("01", tmp_path, **data)
+        kill_at(proxy, "PUT .*/checkpoints/", 3, "02", tmp_path, bucket=bucket, epochs=2)
+        names = storage.objects(f"s3://{bucket}")
+        assert any("/checkpoints/step_" in name for name in names) and not any("models/" in name for name in names)
+        execute("02 03", tmp_path, bucket=bucket, epochs=2)
+        assert min(proxy.slow_downs, proxy.resets, proxy.truncations, proxy.copies_refused) > 5
+        assert contents(bucket) == whole.contents

@@ -41,7 +41,7 @@ class FaultProxy(socketserver.ThreadingTCPServer):
     delay            seconds that every request waits
     speed            bytes a second of each connection's bodies
     on_request       called with the number of the request, from 1, before anything is done about it (then it goes on)
-    headers          those of the latest request
+    latest, headers  method and path, and headers, of the latest request
 
     Which requests are hit depends on nothing but their order: the last of every n for SlowDown, one in the middle for
     the others. With n of at least 2 a client that asks again comes through, with 1 never.
@@ -55,7 +55,8 @@ class FaultProxy(socketserver.ThreadingTCPServer):
         upstream = urllib.parse.urlsplit(upstream_url)
         self.upstream, self.url = (upstream.hostname, upstream.port), f"http://127.0.0.1:{self.server_address[1]}"
         self.slow_down_every, self.reset_every, self.truncate_every = slow_down_every, reset_every, truncate_every
-        self.no_copy, self.delay, self.speed, self.on_request, self.headers = no_copy, delay, speed, None, {}
+        self.no_copy, self.delay, self.speed, self.on_request = no_copy, delay, speed, None
+        self.latest, self.headers = "", {}
         self.requests = self.slow_downs = self.resets = self.truncations = self.copies_refused = 0
         self.lock, self.idle, self.clients = threading.Lock(), [], set()
         self.candidates = {"slow_downs": 0, "resets": 0, "truncations": 0}  # the requests that each could have hit
@@ -180,9 +181,9 @@ class Connection(socketserver.BaseRequestHandler):
 
     def answer(self):
         """Answer one request; returns whether the connection may be used again."""
-        head, (method, _, version), headers = self.client.head()
+        head, (method, path, version), headers = self.client.head()
         proxy, expects = self.server, "100-continue" in headers.get("expect", "").lower()
-        number, proxy.headers = proxy.count("requests"), headers
+        number, proxy.latest, proxy.headers = proxy.count("requests"), f"{method} {path}", headers
         if proxy.on_request:
             proxy.on_request(number)
         time.sleep(proxy.delay)
