@@ -21,6 +21,7 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import cv2
 import numpy as np
@@ -416,6 +417,8 @@ def test_packing_that_was_killed_is_completed_to_the_same_bytes_and_no_finished_
         written = {f"{fresh}/{name}" for number in ("000002", "000004")
                    for name in (f"shard-{number}.tar", f"index/{number}.json", catalog.INDEX)}
         assert {path for path in proxy.writes() if "delete" not in path} == written
+        redone = [raw(packed).span(index).object[-8:-4] in ("0002", "0004") for index in range(60)]
+        assert len(proxy.gets("photos")) == sum(redone)
     assert contents(fresh) == whole
     now = storage.objects(f"s3://pictures/{fresh}")
     assert all(now[name] == left[name] for name in now if name in left and "000004" not in name)  # its date, too
@@ -423,6 +426,31 @@ def test_packing_that_was_killed_is_completed_to_the_same_bytes_and_no_finished_
 
 def pack_shards(url, packed_url):
     pack.pack(url, packed_url, shard_bytes=SHARD)
+
+
+def test_a_shard_goes_up_in_parts_and_no_more_of_its_images_is_read_than_the_next_part(fresh):
+    with wire() as proxy, ThreadPoolExecutor(1) as pool:
+        proxy.hold = lambda method, path: method == "PUT" and not proxy.released.is_set()
+        packing = pool.submit(pack.pack, "s3://pictures/large", f"s3://pictures/{fresh}", shard_bytes=10**9)
+        until(lambda: proxy.held, "the first part")
+        assert 2 <= settled(lambda: len(proxy.gets("large"))) <= 2 * pack.PART // (4 * 2**20) + 1
+        proxy.released.set()
+        packing.result()
+        assert sum("partNumber" in path for path in proxy.writes()) > 80 * 2**20 // (2 * pack.PART)
+    folder = raw(f"s3://pictures/{fresh}")
+    assert len(folder.shards) == 1 and [folder[index][0][:3].strip(b"\0") for index in (0, 19)] == [b"0", b"19"]
+
+
+def test_a_part_that_arrives_damaged_is_refused_and_leaves_nothing(moto_env, bucket, monkeypatch, fresh):
+    for env in moto_env, dict(os.environ):
+        with connected(env), monkeypatch.context() as patch:
+            storage.create_bucket(bucket)
+            patch.setattr(catalog, "md5", lambda data: bytes(16))  # of other bytes
+            for parts in [b"small"], [bytes(pack.PART), b"end"]:
+                with pytest.raises(storage.StorageError, match=f"s3://{bucket}/{fresh}"):
+                    pack.put_verified(f"s3://{bucket}/{fresh}", parts)
+            assert not storage.objects(f"s3://{bucket}")
+            assert not storage.client().list_multipart_uploads(Bucket=bucket).get("Uploads")
 
 
 def test_packing_that_was_killed_at_the_very_end_leaves_no_pieces_when_it_is_run_again(fresh, packed):
@@ -869,6 +897,62 @@ def test_images_that_another_reader_has_cached_meanwhile_are_not_held_in_memory_
     assert all(len(prefetch.fetching) <= images.CHUNK * images.THREADS for prefetch in held) and len(held) == 2
 
 
+# ------------------------------------------------------------------------------------------------- a million images
+
+
+def test_what_is_known_of_an_image_takes_few_bytes_and_goes_to_a_worker_without_a_copy():
+    folder = raw("s3://pictures/thousand")
+    assert sum(column.nbytes for column in folder.table.columns.values()) < 70 * 1000
+    assert len(ForkingPickler.dumps(folder)) < 5000
+    here, there = multiprocessing.get_context("forkserver").Pipe()
+    start(change_sizes, there, folder)
+    until(here.poll, "the worker")
+    assert (here.recv(), folder.table.sizes[7]) == (folder.samples, 4711)  # what it wrote is seen here
+
+
+def change_sizes(pipe, folder):
+    folder.table.columns["sizes"][7] = 4711
+    pipe.send(list(folder.samples))
+
+
+def test_samples_and_targets_are_as_lists():
+    folder = raw("s3://pictures/photos")
+    samples = [(f"s3://pictures/photos/{name}", "abc".index(name[0])) for name in sorted(PHOTOS)]
+    targets = [target for _, target in samples]
+    for made, expected in (folder.samples, samples), (folder.targets, targets):
+        assert made == expected and expected == made and made != expected[:-1] and list(made) == expected
+        assert (made[-1], made[3:-50:2], len(made), repr(made)) == (expected[-1], expected[3:-50:2], 60, repr(expected))
+        with pytest.raises(IndexError):
+            made[60]
+    assert torch.tensor(folder.targets).tolist() == np.array(folder.targets).tolist() == targets
+    assert folder[-1] == folder[59] and len(list(folder)) == 60
+
+
+@pytest.mark.parametrize("options", [{}, {"on_error": "skip"}])
+def test_a_folder_with_an_index_is_not_listed_and_what_has_changed_or_gone_since_is_noticed(fresh, options):
+    url = copied(fresh)
+    catalog.write_index(url)
+    put(f"{fresh}/b/01.jpg", PHOTOS["b/01.jpg"][::-1])
+    obstore.delete(storage.store("pictures"), f"{fresh}/c/02.jpg")
+    put(f"{fresh}/a/new.jpg", b"new")
+    with wire() as proxy:
+        folder = raw(url, **options)
+        assert [path for _, path, _ in proxy.seen] == [f"{fresh}/{catalog.INDEX}"] and len(folder) == 12
+        assert "as listed on 2" in repr(folder)
+    if options:
+        with pytest.warns(UserWarning, match="b/01.jpg has changed .*write_index"):
+            assert len(items(images.loader(folder, 4))) == 12
+        assert sorted(folder.skipped) == [f"{url}/b/01.jpg", f"{url}/c/02.jpg"]
+    else:
+        good = [index for index, (path, _) in enumerate(folder.samples) if path[-8:] not in ("b/01.jpg", "c/02.jpg")]
+        assert len(folder.__getitems__(good)) == 10
+        for name, reason in ("b/01.jpg", "has changed .*write_index"), ("c/02.jpg", "There is no"):
+            with pytest.raises(storage.StorageError, match=f"{reason}|{name}"):
+                folder[folder.samples.index((f"{url}/{name}", "abc".index(name[0])))]
+    catalog.write_index(url)
+    assert [image for image, _ in items(images.loader(raw(url), 4))][3:6] == [b"new", PHOTOS["b/01.jpg"][::-1], PHOTOS["b/04.jpg"]]
+
+
 # ------------------------------------------------------------------------------------------------------------ listings
 
 
@@ -889,6 +973,21 @@ def pages(url):
 def test_thousands_of_objects_in_nested_folders_are_listed_as_boto3_lists_them(url, number):
     found = listed(f"s3://{url}")
     assert len(found) == number and found == pages(url)
+
+
+def test_a_thousand_small_folders_are_listed_with_few_requests():
+    with wire() as proxy:
+        assert len(storage.objects("s3://many/folders")) == 1100 and len(proxy.seen) == 2
+
+
+def test_the_marker_of_a_folder_at_the_end_of_an_answer_repeats_nothing(moto_env, bucket):
+    with connected(moto_env), ThreadPoolExecutor(8) as pool:
+        storage.create_bucket(bucket)
+        keys = [*(f"a/{n:03}" for n in range(999)), "a/b/", *(f"a/b/{n:03}" for n in range(10)), "a/c"]
+        put_object = storage.client().put_object
+        list(pool.map(lambda key: put_object(Bucket=bucket, Key=key, Body=b"x" if key[-1] != "/" else b""), keys))
+        assert sum(storage.list_pages(f"s3://{bucket}/a", len)) == len(keys) - 1
+        assert sorted(storage.objects(f"s3://{bucket}")) == sorted(set(keys) - {"a/b/"})
 
 
 def test_faults_of_the_server_lose_no_object_of_a_listing():
