@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-PAIRS = [(f"Why did the {animal} go to the {place}?", f"Because the {place} had a free {animal} day.")  # 48, soon learned
+PAIRS = [(f"Why did the {animal} go to the {place}?", f"Because the {place} had a free {animal} day.")  # 48 pairs
          for animal in ("cat", "dog", "cow", "hen", "pig", "fox")
          for place in ("house", "garden", "school", "office", "kitchen", "museum", "library", "bakery")]
 
@@ -92,14 +92,14 @@ def test_a_csv_is_read_from_a_path_or_a_bucket_its_columns_found_by_name(tmp_pat
         for url in (tmp_path / "jokes.csv", "s3://jokes/some/jokes.csv"):
             written(url, rows, **options)
             assert jokes.read(url) == (ROWS, 0), (options, url)
-    (tmp_path / "jokes.csv").write_bytes(b"\xef\xbb\xbf" + b"Question,Answer\r\n\r\nWhy?,Because.\r\n\r\n")  # of a spreadsheet
+    (tmp_path / "jokes.csv").write_bytes(b"\xef\xbb\xbfQuestion,Answer\r\n\r\nWhy?,Because.\r\n\r\n")  # as Excel does
     assert jokes.read(tmp_path / "jokes.csv") == ([("Why?", "Because.")], 0)
     short = ["Why?? Because: why not?", "I have no question.", "Only a question?", "Who, me?\nYes."]
     rows, others = jokes.read(written(tmp_path / "shortjokes.csv", [("ID", "Joke"), *enumerate(short)]))
     assert others == 2 and jokes.clean(rows)[0] == [("Why??", "Because: why not?"), ("Who, me?", "Yes.")]
 
 
-def test_a_relative_path_is_one_of_the_project_unless_it_is_there_and_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_a_relative_path_is_one_of_the_project_unless_it_is_there_and_what_is_no_csv_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(jokes.read("data_samples/jokes.csv")[0]) > 500
     Path("data_samples").mkdir()
@@ -136,23 +136,23 @@ def test_more_text_is_found_in_files_folders_globs_and_prefixes(tmp_path):
             list(find(missing))
 
 
-CLEANED = {
-    "quotes and spaces": {('“Why”  so &amp; so?', '  It‘s ""what”'): ('"Why" so & so?', 'It\'s "what"'),
-                          ('"Why?"', '""Because.""'): ("Why?", "Because.")},
-    "note or edit": dict.fromkeys([("Why?", "Because.\n\nNote: my son told me this. He is 5."), ("Why?", "Because. P.S.: so"),
-                                   ("Why? EDIT: title", "Because.\n*edit - a word*"), ("Why?", "Because. (Edit 2: a)")]),
-    "credit": dict.fromkeys([("Why?", "Because. (credit to my grandmother)"), ("Why?", "Because. [stolen from the radio]"),
-                             ("Why?", "Because.\nAll credit goes to my dentist")]),
-    "repeated question": dict.fromkeys([("Why?", "Q: Why? A: Because."), ("Q: Why?", "A: Because."), ("Why?", "why? Because.")])}
-UNTOUCHED = [("What did the note say?", "Note to self: buy ears."), ("Who edits: the editor?", "The editor edits: always."),
+CLEANED = {  # answers that become "Because."
+    "quotes and spaces": ["“Because.”", '""Because.""'],
+    "note or edit": ["Because.\n\nNote: my son told me this. He is 5.", "Because. P.S.: sorry",
+                     "Because.\n*edit - a word*", "Because. (Edit 2: spelling)"],
+    "credit": ["Because. (credit to my grandmother)", "Because. [stolen from the radio]",
+               "Because.\nAll credit goes to my dentist"],
+    "repeated question": ["Q: Why? A: Because.", "A: Because.", "why? Because."]}
+UNTOUCHED = [("What did the note say?", "Note to self: buy ears."), ("Who edits: the editor?", "The editor: always."),
              ("Why do credits roll?", "Because of the credit card (with wheels)."), ('What is "a"?', 'A "letter".'),
              ("What do you say to Q?", "A, or B: as you like."), ("What's 2+2?", "It's 4 (more or less).")]
 
 
 def test_what_does_not_belong_to_a_joke_is_taken_off_and_shown_and_what_does_stays():
-    for what, before, after in ((what, *pair) for what, pairs in CLEANED.items() for pair in pairs.items()):
-        kept, report = jokes.clean([before])
-        assert kept == [after or ("Why?", "Because.")] and report[what][-1][1] == kept[0]
+    for what, answer in ((what, answer) for what, answers in CLEANED.items() for answer in answers):
+        kept, report = jokes.clean([("Why?", answer)])
+        assert kept == [("Why?", "Because.")] and report[what][-1][1] == kept[0]
+    assert jokes.clean([("“Why”  so &amp; so?", "  It‘s “what”")])[0] == [('"Why" so & so?', 'It\'s "what"')]
     kept, report = jokes.clean(UNTOUCHED)
     assert kept == UNTOUCHED and not any(report.values())
 
@@ -223,7 +223,7 @@ def test_packed_logits_and_loss_are_those_of_each_joke_alone(model_and_tokenizer
                 found.append(ids[0].tolist())
     assert sorted(found) == sorted(texts) and together.logits.std() > 0.01
     assert together.loss.item() == pytest.approx(total / (packed.tokens - len(texts)), abs=1e-5)
-    impossible = [("Why?", "Because " * 70), *[("Whence?", "From there.")] * isinstance(model, BertLMHeadModel)]  # no words of it
+    impossible = [("Why?", "Because " * 70), *[("Whence?", "So.")] * isinstance(model, BertLMHeadModel)]  # no words
     nats = cell("def measure(")["measure"](model, tokenizer, PAIRS + impossible)
     assert nats[:len(PAIRS)].sum().item() == pytest.approx(total, rel=1e-5) and nats[len(PAIRS):].isnan().all()
     assert jokes.PackedRows([[1] * 9, [2] * 10, [3] * 11], 10).ignored == 1
@@ -279,9 +279,8 @@ def test_a_model_that_has_learned_no_jokes_or_is_a_pickle_is_refused_in_one_sent
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(storage.StorageError, match="no causal language model with safetensors.*$"):
         jokes.load(folder)
-    for url in "s3://jokes/models/none", "/tmp/there is none", "./none":
-        with pytest.raises(storage.NotFound, match=f"{url}.*notebook 05 .make run NOTEBOOKS=05"):
-            jokes.load(url)
+    with pytest.raises(storage.NotFound, match="s3://jokes/models/none.*notebook 05 .make run NOTEBOOKS=05"):
+        jokes.load("s3://jokes/models/none")
 
 
 def test_bert_as_a_decoder_learns_is_saved_and_tells(tmp_path):
@@ -312,8 +311,11 @@ def test_minilm_is_a_decoder_with_the_weights_of_the_package_unless_they_are_dam
 
 def alone(code, *before, **environment):
     """What a Python of its own says, which has not read other variables yet."""
-    script = "\n".join(["from helpers.chapters.jokes import *\nfrom contextlib import suppress\nfrom importlib.util import find_spec",
-                        source("def find_base("), f"try:\n    print({code})\nexcept storage.StorageError as error:\n    print(type(error).__name__, error)"])
+    script = "\n".join(["from helpers.chapters.jokes import *\nfrom contextlib import suppress",
+                        "from importlib.util import find_spec", source("def find_base("), f"""try:
+    print({code})
+except storage.StorageError as error:
+    print(type(error).__name__, error)"""])
     done = subprocess.run([*before, sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
                           env={**os.environ, **environment}, cwd=storage.REPOSITORY)
     assert done.returncode == 0, done.stderr
@@ -325,7 +327,7 @@ def test_without_a_network_the_base_is_minilm_a_hub_name_is_one_sentence_and_nob
     said = alone(f'find_base("file://{tmp_path}")', *unshared, HF_HOME=str(tmp_path), HF_ENDPOINT="http://192.0.2.1")
     assert len(said) == 2 and said[0].startswith("GPT-2 is not to be had") and said[1] == "minilm"
     said = alone('load_base("gpt2", [], 64)', *unshared, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert len(said) == 1 and said[0].startswith("NotFound There is no folder 'gpt2', and no such model at the Hugging")
+    assert len(said) == 1 and said[0].startswith("NotFound There is no folder 'gpt2', nor such a model at the Hugging")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # a Hub that accepts, and says nothing
         said = alone("hub_answers()", HF_HOME=str(tmp_path), HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
     assert said == ["False"]
@@ -350,21 +352,21 @@ def test_gpt2_comes_from_the_hub_then_from_its_cache_or_from_a_copy_in_the_bucke
     files = [{"type": "file", "path": path.name, "size": 1, "oid": "0"} for path in Hub.folder.iterdir()]
     (Hub.folder / "main").write_text(json.dumps({"id": "gpt2", "sha": "0" * 40}))  # /api/models/gpt2/revision/main,
     (Hub.folder / ("0" * 40)).write_text(json.dumps(files))  # and /api/models/gpt2/tree/{sha}
-    code, home = f'base := find_base("{mirror}"), load_base(base, [], 64)[0].lm_head.weight.sum().item()', tmp_path / "home"
+    code = f'base := find_base("{mirror}"), load_base(base, [], 64)[0].lm_head.weight.sum().item()'
     expected = jokes.load_base(str(Hub.folder), [], 64)[0].lm_head.weight.sum().item()
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         online = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}", HF_HUB_DISABLE_XET="1")
-        assert alone(code, HF_HOME=str(home), **online) == [f"gpt2 {expected}"]
+        assert alone(code, HF_HOME=str(tmp_path / "home"), **online) == [f"gpt2 {expected}"]
         server.shutdown()
-    assert alone(code, HF_HOME=str(home), HF_HUB_OFFLINE="1") == [f"gpt2 {expected}"]
+    assert alone(code, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1") == [f"gpt2 {expected}"]
     jokes.save(*jokes.load_pretrained(str(Hub.folder)), mirror)
     assert alone(code, HF_HOME=str(tmp_path / "other"), HF_HUB_OFFLINE="1") == [f"{mirror} {expected}"]
 
 
 def test_capitals_cost_little_where_they_are_expected():
     measure = cell("def measure_capitals(", train=PAIRS, val=PAIRS, characters=torch.ones(1))["measure_capitals"]
-    usual, unusual = measure([("Why did the cat go? So.", "Because I say."), ("why dID the Cat go? so.", "bEcause i say.")])
+    usual, unusual = measure([("Why did he go?", "Because I say. So."), ("why dID he Go?", "bEcause i say. so.")])
     assert 0 < usual < 5 and unusual > 30
 
 
@@ -404,9 +406,9 @@ def test_even_a_model_that_knows_nothing_tells_no_half_tokens_no_echo_and_no_emp
 def test_what_is_no_joke_is_told_again_three_times_then_cut_after_a_sentence_or_word_or_replaced(trained, monkeypatch):
     (model, tokenizer), question, untold = trained, PAIRS[0][0], jokes.UNTOLD[1]
     for said, cut, answer, tries in [
-            (" It was free.", False, "It was free.", 1), (" So. And the dog", True, "So.", 4), (" because the", True, "because", 4),
-            (f" {question}", False, untold, 4), (" ...", False, untold, 4), ("half a letter", False, untold, 4)]:
-        ids, asked = tokenizer(said)["input_ids"] if said != "half a letter" else [tokenizer.convert_tokens_to_ids("Ã")], []
+            (" It was free.", False, "It was free.", 1), (" So. And", True, "So.", 4), (" as the", True, "as", 4),
+            (f" {question}", False, untold, 4), ("...", False, untold, 4), ("Ã", False, untold, 4)]:
+        ids, asked = [tokenizer.convert_tokens_to_ids(said)] if said == "Ã" else tokenizer(said)["input_ids"], []
         monkeypatch.setattr(jokes, "generate", lambda *_, **__: asked.append(1) or [([], ids, cut)])
         assert jokes.Joker(model, tokenizer).tell([question]) == [(question, answer)] and len(asked) == tries
 
@@ -415,15 +417,15 @@ def test_the_page_compares_models_on_two_processes_with_lora_and_more_text(tmp_p
     table, extra = written(tmp_path / "some.csv", [("Question", "Answer"), *PAIRS]), "s3://jokes/more/"
     written(f"{extra}a.csv", [("Joke",), ("Why is it so? It is.",), ("No question.",), (" ".join(PAIRS[0]),)])
     storage.write(f"{extra}b.txt", b"Ladies and gentlemen, thank you for coming. " * 40)
-    options = dict(bucket=bucket, jokes_csv=table, extra_text=extra, base_model="small", base_models="", lora_rank=4, epochs=1)
-    words = [str(word) for option in options.items() for word in ("-p", *option)]
-    done = subprocess.run([sys.executable, "-m", "helpers", "run", "05", "--processes", "2", "-o", str(tmp_path), *words],
-                          cwd=storage.REPOSITORY, capture_output=True, text=True, timeout=400)
+    words = (f"-m helpers run 05 --processes 2 -o {tmp_path} -p bucket {bucket} -p jokes_csv {table} "
+             f"-p extra_text {extra} -p base_model small -p base_models small -p lora_rank 4 -p epochs 1").split()
+    done = subprocess.run([sys.executable, *words], cwd=storage.REPOSITORY, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout
     results = run.read_results(tmp_path / "05_finetune_gpt2.ipynb")
     full, lora = results["models"]
     assert (full["model"], lora["model"]) == ("small", "small-lora") and lora["megabytes"] == full["megabytes"]
-    assert lora["trained_weights"] < full["trained_weights"] / 5 and lora["training_megabytes"] < full["training_megabytes"]
+    assert lora["trained_weights"] < full["trained_weights"] / 5
+    assert lora["training_megabytes"] < full["training_megabytes"] / 2
     best = min(results["models"], key=lambda row: row["bits_per_character"])["model"]
     names = {name.split("/")[1] for name in storage.objects(f"s3://{bucket}") if name.startswith("models/")}
     assert names == {"jokes", "jokes-small", "jokes-small-lora"} - {f"jokes-{best}"}

@@ -51,7 +51,7 @@ def read(url):
     columns = [name.strip().lower() for name in next(csv.reader(lines, delimiter=delimiter), [])]
     wanted = ["question", "answer"] if "question" in columns else ["joke"]
     if not {*wanted} <= {*columns}:
-        raise storage.StorageError(f"{url} has no columns Question and Answer, or Joke, but {', '.join(columns) or 'none'}.")
+        raise storage.StorageError(f"{url} has no columns Question and Answer, but {', '.join(columns) or 'none'}.")
     rows = [fields and tuple(fields[columns.index(name)] for name in wanted)
             for fields in read_rows(lines[1:], delimiter, len(columns))]
     if wanted == ["joke"]:
@@ -190,8 +190,8 @@ def download(name):
         return hub.snapshot_download(name, allow_patterns=[*FILES], local_files_only=not hub_answers())
     except Exception as error:  # of the network, the Hub, or because it has no such model
         reason = type(error).__name__ if hub_answers() else "which does not answer"
-        raise storage.NotFound(f"There is no folder {name!r}, and no such model at the Hugging Face Hub ({reason}) or in "
-                               "its cache: copy it into your bucket where there is a network (see save).") from None
+        raise storage.NotFound(f"There is no folder {name!r}, nor such a model at the Hugging Face Hub ({reason}) or "
+                               "in its cache: copy it into your bucket where there is a network (see save).") from None
 
 MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # SHA-256 of the Hub's model.safetensors
 
@@ -305,10 +305,10 @@ class Form(LogitsProcessor):
         special = self.special.to(ids.device)
         answered = (ids == self.answer).any(1)
         wanted = torch.where(answered, self.end, self.answer)[:, None]  # the one special token that may come
-        late = torch.where(answered, ids.shape[1] >= self.last, ids.shape[1] >= self.half)
+        late = torch.where(answered, ids.shape[1] >= self.last, ids.shape[1] >= self.half)[:, None]
         begun = ~torch.isin(ids[:, -1], special)
-        score = scores.gather(1, wanted).masked_fill(~begun[:, None], -torch.inf).masked_fill(late[:, None], 0.0)
-        return scores.index_fill(1, special, -torch.inf).masked_fill(late[:, None], -torch.inf).scatter(1, wanted, score)
+        score = scores.gather(1, wanted).masked_fill(~begun[:, None], -torch.inf).masked_fill(late, 0.0)
+        return scores.index_fill(1, special, -torch.inf).masked_fill(late, -torch.inf).scatter(1, wanted, score)
 
 def generate(model, tokenizer, questions, **options):
     """For each question (None: a whole joke) the ids of a question, of an answer, and whether that had to be cut.
