@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import itertools
-import json
 import os
 import re
 import signal
@@ -13,24 +12,22 @@ import threading
 import time
 import traceback
 import tracemalloc
-import urllib.error
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
 import pytest
-from servers import free_port
 from servers import postgres as pg
 from servers import telegram as tg
 
-from helpers import storage
+from helpers import experiment, storage
 from helpers.chapters import bot
+from helpers.chapters import jokes as language
 
 ROOT = Path(__file__).resolve().parent.parent
-OWNER = 77
 PAIRS = [("What do <b>bold</b> letters & cats have in common?", 'Both < lean </b> & say "meow".'),
          ("Why did the lighthouse keeper smile?", "The night was bright."),
          ("What is a gardener's favourite novel?", "War and Peas.")]
@@ -105,7 +102,7 @@ class Gate:
 
 
 def test_a_second_vote_of_the_same_person_replaces_the_first(database):
-    one, two = bot.record("human", "Why?", "Because."), bot.record("model", "How?", "So.")
+    one, two = bot.record("human", "Why?", "Because."), bot.record("model", "How?", "So.", asked=True)
     assert bot.tally() == {"human": (1, 0, 0), "model": (1, 0, 0)}
     told = bot.vote(one.id, 1, True)
     assert (told.question, told.answer) == ("Why?", "Because.")
@@ -118,6 +115,54 @@ def test_a_second_vote_of_the_same_person_replaces_the_first(database):
     assert bot.vote(10**17, 1, True) is None
     bot.connect(database)  # as after a restart
     assert bot.tally() == {"human": (1, 2, 1), "model": (1, 1, 0)}
+    assert bot.tally(asked=False) == {"human": (1, 2, 1)} and bot.tally(asked=True) == {"model": (1, 1, 0)}
+
+
+def test_a_database_of_the_version_before_keeps_its_votes(database, notebook):
+    table = bot.Table._meta.database
+    with bot.connection():
+        table.execute_sql("DROP TABLE vote")
+        table.execute_sql("DROP TABLE joke")
+        for columns in ("joke (id BIGINT PRIMARY KEY, source TEXT, question TEXT, answer TEXT, told REAL)",
+                        "vote (joke_id BIGINT, person TEXT, liked BOOLEAN, voted REAL, PRIMARY KEY (joke_id, person))"):
+            table.execute_sql(f"CREATE TABLE {columns}")
+        table.execute_sql("INSERT INTO joke VALUES (17, 'model', 'How?', 'So.', 1)")
+        table.execute_sql("INSERT INTO vote VALUES (17, 'me', true, 2)")
+    bot.connect(database)
+    bot.vote(bot.record("model", "Why?", "Because.").id, "me", True)
+    assert bot.tally() == {"model": (2, 2, 2)} and bot.tally(asked=False) == {"model": (1, 1, 1)}
+    page = notebook("def wilson", "def read_votes", "def liked_jokes")
+    assert page["liked_jokes"](page["read_votes"](), 1, 0) == [("Why?", "Because.")], "not what a person may have asked"
+
+
+def test_jokes_that_people_like_are_the_next_data_set(notebook, sqlite, tmp_path):
+    joke, private = PAIRS[0], ("My secret?", "No.")
+    other = 'Is it, "true", that\nwe quote?', 'Yes, "so", and \'so\'.'
+    for number in range(6):
+        first, second = (bot.record(source, *joke) for source in ("model", "people"))
+        bot.vote(first.id, f"fan {number}", False)
+        bot.vote(second.id, f"fan {number}", True)  # the same joke, of which they think better now
+        bot.vote(bot.record("model", *other).id, f"fan {number}", number > 0)
+        bot.vote(bot.record("model", *private, asked=True).id, f"fan {number}", True)
+    page = notebook("def wilson", "def read_votes", "def liked_jokes", "def save_votes")
+    liked_jokes, rows = page["liked_jokes"], page["read_votes"]()
+    assert len(rows) == 24 and {row["person"] for row in rows} == set(range(1, 7)) and "fan" not in str(rows)
+    assert liked_jokes(rows) == [joke] and liked_jokes(rows, votes=7) == []
+    assert liked_jokes(rows, above=0.4) == [joke, other]  # five of six: at least 0.44
+    run = experiment.Run(tmp_path / "runs")
+    page |= dict(run=run, liked_votes=5, liked_above=0.4)
+    page["save_votes"]()
+    read, broken = language.read(f"{run.url}/liked_jokes.csv")
+    assert read == [joke, other] and not broken  # which notebook 05 takes
+    with open(f"{run.url}/votes.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["answer"] for row in table] == [row["answer"] for row in rows]
+    assert Counter((row["asked"], row["liked"]) for row in table) == {
+        ("False", "True"): 11, ("False", "False"): 7, ("True", "True"): 6}
+    if find_spec("pyarrow"):
+        import pyarrow.parquet
+
+        assert pyarrow.parquet.read_table(f"{run.url}/votes.parquet").to_pylist() == rows
 
 
 def test_any_text_can_be_told(database):
@@ -127,27 +172,14 @@ def test_any_text_can_be_told(database):
     assert bot.tally() == {"it's; DROP TABLE vote --": (1, 1, 1)}
 
 
-def test_fifty_voters_at_once(database):
-    jokes = [bot.record(source, "Why?", "Because.").id for source in "aab"]
-    start = threading.Barrier(50)
-
-    def person(number):
-        start.wait()
-        for joke in jokes:
-            for liked in (number % 3 != 0, number % 3 == 0):  # the second one counts
-                bot.vote(joke, number, liked)
-
-    with ThreadPoolExecutor(50) as pool:
-        list(pool.map(person, range(50)))
-    assert bot.tally() == {"a": (2, 100, 2 * 17), "b": (1, 50, 17)}
-
-
 VOTERS = """
 import itertools, os, sys, threading
 from helpers.chapters import bot
 bot.connect()
+with bot.connection():
+    jokes = [joke.id for joke in bot.Joke.select()]
 def person(number):
-    for joke in itertools.cycle(range(1, 101)):
+    for joke in itertools.cycle(jokes):
         bot.vote(joke, number, True)
         os.write(1, b"%d %d\\n" % (joke, number))
 for number in range(25):
@@ -156,8 +188,7 @@ for number in range(25):
 
 
 def test_no_vote_is_lost_when_the_voters_are_killed(database):
-    for _ in range(100):
-        bot.record("model", "Why?", "Because.")
+    jokes = [bot.record("model", "Why?", "Because.").id for _ in range(100)]
     env = {**os.environ, "JOKES_DATABASE_URL": database}
     processes = [subprocess.Popen([sys.executable, "-c", VOTERS, first], stdout=subprocess.PIPE, env=env, cwd=ROOT)
                  for first in ("0", "25")]  # 50 voters in all
@@ -181,35 +212,18 @@ def test_no_vote_is_lost_when_the_voters_are_killed(database):
     assert len(counted) >= 100 and counted <= before.keys() and len(before.keys() - counted) <= 50  # not printed yet
     assert bot.tally() == {"model": (100, len(before), len(before))}
     for number in range(50):  # and life goes on
-        bot.vote(1, number, False)
-    assert there() == {**before, **{f"1 {number}": False for number in range(50)}}
+        bot.vote(jokes[0], number, False)
+    assert there() == {**before, **{f"{jokes[0]} {number}": False for number in range(50)}}
 
 
-@pytest.mark.parametrize("name", ["what#is?this=1 &.db", "a%20b+c.db"])
-def test_a_file_of_any_name_is_private_and_keeps_the_votes(name, tmp_path, monkeypatch):
+def test_a_file_is_private_whatever_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "REPOSITORY", tmp_path / "C#?")
     monkeypatch.delenv("JOKES_DATABASE_URL", raising=False)
-    for url, path in (("", tmp_path / "C#?/runs/jokes.db"), (f"sqlite:///{tmp_path / name}", tmp_path / name)):
-        assert bot.connect(url) == f"sqlite: {path}"
+    name = "what#is?this=1 %20&.db"
+    for url, path in (("", "C#?/runs/jokes.db"), (f"sqlite:///{tmp_path}/{name}", name)):
+        assert bot.connect(url) == f"sqlite: {tmp_path / path}"
         bot.vote(bot.record("human", "Why?", "Because.").id, 1, True)
-        assert path.stat().st_mode & 0o777 == 0o600
-        path.chmod(0o644)  # as an older version left it
-        bot.connect(url)
-        assert path.stat().st_mode & 0o777 == 0o600 and bot.tally() == {"human": (1, 1, 1)}
-    folder = tmp_path / "folder"
-    folder.mkdir(mode=0o755)
-    with pytest.raises(storage.StorageError):
-        bot.connect(f"sqlite:///{folder}")
-    assert folder.stat().st_mode & 0o777 == 0o755
-
-
-def test_postgresql_counts_as_psql_does(postgres):
-    url = new_database(postgres)
-    bot.connect(url)
-    for number in range(7):
-        bot.vote(bot.record("model", "Why?", "Because.").id, "me", number % 2 == 0)
-    name = url.rpartition("/")[2]
-    assert pg.query(postgres, "SELECT count(*), sum(liked::int) FROM vote", name) == "7|4"
+        assert (tmp_path / path).stat().st_mode & 0o777 == 0o600 and bot.tally() == {"human": (1, 1, 1)}
 
 
 def test_a_restarted_server_breaks_nothing(tmp_path):
@@ -226,12 +240,11 @@ def test_a_restarted_server_breaks_nothing(tmp_path):
 
 
 SERVER = "postgresql://bot:{}@127.0.0.1"
-BAD = {"no scheme": "jokes.db", "mysql": "mysql://bot:{}@127.0.0.1/jokes", "no name": SERVER + ":{port}",
-       "not encoded": "postgresql://bot:{raw}@127.0.0.1:{port}/jokes", "no server": SERVER + ":9/jokes",
-       "a slash": "postgresql://bot:w:rd/1@127.0.0.1/jokes", "a hash": "postgresql://bot:w:rd#1@127.0.0.1/jokes",
+BAD = {"no scheme": "jokes.db", "mysql": "mysql://bot:{}@127.0.0.1/jokes", "no server": SERVER + ":9/jokes",
+       "not encoded": "postgresql://bot:{raw}@127.0.0.1:{port}/jokes",
+       "a hash": "postgresql://bot:w:rd#1@127.0.0.1/jokes",
        "a question mark": "postgresql://bot:1?w:rd=w:rd@127.0.0.1/jokes", "no port": SERVER + ":w:rd/jokes",
-       "wrong password": "postgresql://bot:{}x@127.0.0.1:{port}/postgres", "no database": SERVER + ":{port}/nowhere",
-       "strange option": SERVER + ":{port}/postgres?strange=1",
+       "wrong password": "postgresql://bot:{}x@127.0.0.1:{port}/postgres",
        "password as an option": "postgresql://bot@127.0.0.1:{port}/nowhere?password={}",
        "no folder": "sqlite:////proc/nowhere/jokes.db", "a folder": "sqlite:////proc", "no file": "sqlite://"}
 
@@ -244,15 +257,8 @@ def test_a_bad_database_is_one_clear_error_without_the_password(kind, request, m
     with pytest.raises(storage.StorageError) as error:
         bot.connect()
     said = "".join(traceback.format_exception(error.value))
-    assert not re.search(r"p@ss|p%40ss|w:rd|w%3Ard|rd#1|rd%231", said), said
+    assert not re.search(r"p@ss|p%40ss|w:rd|w%3Ard|rd#1", said), said
     assert "database" in str(error.value) or "votes cannot be kept in" in str(error.value)
-
-
-def test_the_password_of_the_environment_is_enough(postgres, monkeypatch):
-    monkeypatch.setenv("PGPASSWORD", pg.PASSWORD)
-    url = f"postgresql://bot@127.0.0.1:{postgres}/postgres"
-    assert bot.connect(url) == f"postgresql: 127.0.0.1:{postgres}/postgres"
-    bot.vote(1, "me", True)
 
 
 # ---------------------------------------------------------------------------------------------------------- one worker
@@ -285,27 +291,6 @@ def test_who_waits_is_gathered_and_too_many_are_politely_refused():
     assert [len(batch) for batch in gate.batches] == [1, 16, 16, 7]
 
 
-def test_two_hundred_at_once_get_a_joke_or_the_polite_answer(sqlite):
-    def slow(questions):
-        time.sleep(0.02)
-        return echo(questions)
-
-    start = threading.Barrier(200)
-
-    def person(number):
-        start.wait()
-        try:
-            return jokes.tell(number, None if number % 2 else f"{number}?").answer
-        except bot.Busy as busy:
-            return str(busy)
-
-    with joke_bot({"one": slow, "two": slow}) as jokes, ThreadPoolExecutor(200) as pool:
-        answers = list(pool.map(person, range(200)))
-    told = [answer for answer in answers if answer.endswith(" it is")]
-    assert len(told) >= 64 and all("try again" in answer for answer in answers if answer not in told)
-    assert sum(jokes for jokes, *_ in bot.tally().values()) == len(told)
-
-
 def test_each_person_has_a_limit_of_their_own(monkeypatch):
     now = [time.monotonic()]
     monkeypatch.setattr(bot.time, "monotonic", lambda: now[0])  # the clock, held
@@ -320,11 +305,16 @@ def test_each_person_has_a_limit_of_their_own(monkeypatch):
         assert set(jokes.asked) == {"fast"}  # nobody is remembered for longer
 
 
-def test_sources_are_drawn_evenly_for_each_request():
-    with joke_bot({"one": echo, "two": echo, "three": echo}, queue=300, seed=1) as jokes:
-        asked = [jokes.ask(person, "Why?") for person in range(300)]
-        counts = Counter(future.result(60)[0] for future in asked)
-    assert set(counts) == {"one", "two", "three"} and min(counts.values()) > 70
+def test_who_cannot_answer_is_not_asked(sqlite):
+    people = bot.People(PAIRS, seed=0)
+    with joke_bot({"people": people, "model": echo}, stock=0, per_minute=100) as jokes:
+        told = [jokes.tell("me", "Why?" if number % 2 else None) for number in range(80)]
+    assert {joke.source for joke in told[1::2]} == {"model"} and {joke.answer for joke in told[1::2]} == {"Why? it is"}
+    of_people = {(joke.question, joke.answer) for joke in told[::2] if joke.source == "people"}
+    assert of_people == set(PAIRS) and bot.tally(asked=True) == {"model": (40, 0, 0)}
+    assert sum(count for count, *_ in bot.tally(asked=False).values()) == 40
+    with joke_bot({"people": people}, stock=0) as jokes, pytest.raises(bot.Busy, match="cannot answer questions"):
+        jokes.ask("me", "Why?")
 
 
 def test_whole_jokes_are_ready_before_anybody_asks():
@@ -396,17 +386,6 @@ def test_memory_stays_flat():
     assert grown < 500_000, f"{grown:,} bytes more after 2,000 jokes of 1,100 bytes"
 
 
-def test_human_jokes_answer_the_question_most_like_yours():
-    tell = bot.human_source(PAIRS, seed=0)
-    asked = "Tell me: why did the lighthouse keeper smile so much?"
-    assert tell([asked, "What novel does a gardener like?"]) == [
-        (asked, PAIRS[1][1]), ("What novel does a gardener like?", PAIRS[2][1])]
-    whole = tell([None] * 100)
-    assert set(whole) == set(PAIRS)
-    strange = tell(["Qwxz?"] * 100)
-    assert {question for question, _ in strange} == {"Qwxz?"} and len({answer for _, answer in strange}) == 3
-
-
 # ------------------------------------------------------------------------------------------------------------ Telegram
 
 
@@ -426,7 +405,7 @@ def process(tmp_path, server, *arguments, code=None, ready=True, **env):
     try:
         if ready:
             try:
-                server.wait(lambda: server.called("getUpdates") or server.webhook, "the bot")
+                server.wait(lambda: server.called("getUpdates"), "the bot")
             except AssertionError as error:
                 raise AssertionError(f"{error}; its log: {running.log()}") from None
         yield running
@@ -439,19 +418,25 @@ def process(tmp_path, server, *arguments, code=None, ready=True, **env):
         assert tg.TOKEN not in running.log() and tg.TOKEN.split(":")[1] not in running.log()
 
 
-@pytest.fixture(scope="module")
-def jokes_csv(tmp_path_factory):
-    path = tmp_path_factory.mktemp("jokes") / "human_jokes.csv"
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("ID", "Question", "Answer"), *((i, *pair) for i, pair in enumerate(PAIRS))])
-    return str(path)
+CHAT = f"""
+import logging, os, sys
+from helpers.chapters import bot
+def model(questions):
+    if "Fail!" in questions:
+        raise ValueError("this joke is not funny")
+    return [(question or {PAIRS[1][0]!r}, f"<{{question}}> & more.") for question in questions]
+bot.load_sources = lambda urls: {{"people": bot.People({PAIRS}), "model": model}}
+logging.getLogger("httpx").setLevel(logging.INFO)  # as careless as can be
+logging.getLogger().setLevel(logging.INFO)
+bot.main(sys.argv[1:])
+"""  # without the packages that a model needs
 
 
 @pytest.fixture(scope="module")
-def chat(tmp_path_factory, jokes_csv):
-    """A Telegram with a bot that runs on it; two processes of one source would be the same to who asks."""
+def chat(tmp_path_factory):
+    """A Telegram with a bot that runs on it."""
     directory = tmp_path_factory.mktemp("bot")
-    with tg.telegram() as server, process(directory, server, jokes_csv, TELEGRAM_OWNER_ID=str(OWNER)) as running:
+    with tg.telegram() as server, process(directory, server, "x.csv", code=CHAT) as running:
         server.process, server.database = running, f"sqlite:///{directory}/jokes.db"
         yield server
 
@@ -468,24 +453,17 @@ def votes(server):
     return tuple(sum(counts) for counts in zip(*(row[1:] for row in bot.tally().values())))
 
 
-def test_start_explains(chat):
+def test_a_joke_and_an_answer_as_they_are_written(chat):
     chat.say(1, "/start")
     assert "/joke" in chat.reply(1)["text"] and "question" in chat.reply(1)["text"]
-    chat.say(1, "/nonsense")
-    assert chat.reply(1, 1)["text"] == chat.reply(1)["text"]
-
-
-def test_a_joke_and_an_answer_as_they_are_written(chat):
     for number in range(12):
         chat.say(2, "/joke" if number % 2 else f"/joke@{tg.NAME}")
-        message = chat.reply(2, number)
-        assert tuple(message["text"].split("\n\n")) in PAIRS  # < and & came through, and no tag of theirs took effect
-        assert list(buttons(message)) == ["👍", "👎"]
-    chat.say(3, "Why did the <i>lighthouse</i> keeper smile & laugh?")
-    assert chat.reply(3)["text"] == f"Why did the <i>lighthouse</i> keeper smile & laugh?\n\n{PAIRS[1][1]}"
-    assert list(buttons(chat.reply(3))) == ["👍", "👎"]
-    chat.say(3, "What do bold letters and cats have in common?")
-    assert chat.reply(3, 1)["text"] == f"What do bold letters and cats have in common?\n\n{PAIRS[0][1]}"
+    texts = {chat.reply(2, number)["text"] for number in range(12)}
+    assert texts <= {*map("\n\n".join, PAIRS), f"{PAIRS[1][0]}\n\n<None> & more."} and len(texts) > 1
+    chat.say(3, "Why did the <i>lighthouse</i> & " + "keeper " * 700)  # < and & come through, no tag of theirs counts
+    question, answer = chat.reply(3)["text"].split("\n\n")
+    assert question.startswith("Why did the <i>lighthouse</i> & keeper") and len(question) == 200
+    assert answer == f"<{question}> & more." and list(buttons(chat.reply(3))) == ["👍", "👎"]
 
 
 def test_a_vote_is_thanked_for_and_may_be_changed(chat):
@@ -505,90 +483,48 @@ def test_a_vote_is_thanked_for_and_may_be_changed(chat):
     assert len(chat.sent(4)) == 1  # no word of an error
 
 
-@pytest.mark.parametrize("data", ["👍999999", "👍" + "9" * 30, "like", ""])
-def test_a_vote_for_no_joke_gets_an_answer(chat, data):
-    chat.say(6, "/joke")
-    message, before = chat.reply(6), votes(chat)
-    query = chat.press(6, message, data)
-    [answer] = chat.wait(lambda: [call for call in chat.called("answerCallbackQuery")
-                                  if call["callback_query_id"] == query], "an answer")
-    assert "no longer" in answer["text"] and votes(chat) == before
-    assert chat.sent(6)[0]["text"] == message["text"]
-
-
-def test_a_vote_from_elsewhere_is_refused_and_shows_nothing(chat):
-    for person, text in ((17, "Why is my secret lighthouse bright?"), (18, "Which novel is mine?"), (18, "/joke")):
-        chat.say(person, text)
-    secret, mine, other = chat.reply(17), chat.reply(18), chat.reply(18, 1)
-    before, data = votes(chat), buttons(secret)["👍"]
-    for _ in range(200):  # until all three messages are noted
-        with bot.connection():
-            if not bot.Message.select().where(bot.Message.number.is_null()).exists():
-                break
-        time.sleep(0.05)
-    forged = [(mine, data), ({**secret, "chat": mine["chat"]}, data), (mine, buttons(other)["👍"]), (None, data)]
-    for message, sent in forged:  # of another chat, as if it were mine, of another message, of no message at all
-        query = chat.press(18, message, sent)
+def test_nobody_votes_on_what_they_were_not_told(chat):
+    chat.say(6, "What is my secret?")
+    chat.say(7, "/joke")
+    secret, mine, before = buttons(chat.reply(6))["👍"], chat.reply(7), votes(chat)
+    numbers = [int(buttons(message)["👍"][1:]) for message in (chat.reply(6), mine)]
+    assert min(numbers) >= 10**17 and abs(numbers[0] - numbers[1]) > 10**6, "the next number could be guessed"
+    for data in (f"👍{int(secret[1:]) + 1}", "👍1", "👍" + "9" * 18, "👍" + "9" * 30, "like", ""):
+        query = chat.press(7, mine, data)
         [answer] = chat.wait(lambda: [call for call in chat.called("answerCallbackQuery")
                                       if call["callback_query_id"] == query], "an answer")
         assert "no longer" in answer["text"]
-    assert votes(chat) == before and chat.sent(18)[0]["text"] == mine["text"]
-    chat.press(18, mine, buttons(mine)["👍"])
-    chat.wait(lambda: "Thank you" in chat.sent(18)[0]["text"], "thanks")
-    assert votes(chat) == (before[0] + 1, before[1] + 1)
-    assert not [message for message in chat.sent(18) if "secret" in message["text"]]
+    assert votes(chat) == before and chat.sent(7)[0]["text"] == mine["text"]
 
 
 def test_a_vote_below_a_message_that_is_too_old_counts(chat):
-    chat.say(7, "/joke")
-    message, before = chat.reply(7), votes(chat)
+    chat.say(8, "/joke")
+    message, before = chat.reply(8), votes(chat)
     old = {"message_id": message["message_id"], "date": 0, "chat": message["chat"]}
     chat.queries.clear()  # nor can the query be answered any more
     chat.push(callback_query={"id": "1", **{"from": message["chat"] | {"is_bot": False}}, "chat_instance": "1",
                               "data": buttons(message)["👍"], "message": old})
     chat.wait(lambda: votes(chat) == (before[0] + 1, before[1] + 1), "the vote")
-    chat.say(7, "/start")
-    assert "/joke" in chat.reply(7, 1)["text"]
+    chat.press(9, None, buttons(message)["👎"])  # of an inline message
+    chat.wait(lambda: votes(chat) == (before[0] + 2, before[1] + 1), "the other vote")
 
 
-def test_a_long_message_is_cut_with_a_notice(chat):
-    chat.say(8, "Why? " + "lighthouse <&> 😀 " * 230)
-    text = chat.reply(8)["text"]
-    assert text.startswith("Why? lighthouse") and "the first 200 characters" in text and len(text) < 400
-    chat.say(8, "Why is the lighthouse bright?")
-    assert "first" not in chat.reply(8, 1)["text"]
-    chat.say(8, "gardener's favourite novel " * 10 + "lighthouse keeper smile " * 100)  # as if it ended within the first
-    assert "War and Peas." in chat.reply(8, 2)["text"], "who answers reads no more than the first 200 characters"
-
-
-def test_what_is_no_text_is_refused_politely(chat):
-    file = {"file_id": "a", "file_unique_id": "b", "width": 1, "height": 1}
-    contents = [dict(photo=[file], caption="Why?"), dict(location={"longitude": 1, "latitude": 2}),
-                dict(sticker={**file, "type": "regular", "is_animated": False, "is_video": False})]
-    for number, content in enumerate(contents):
-        chat.say(9, **content)
-        assert "I can only read text, sorry" in chat.reply(9, number)["text"]
-    chat.say(10, new_chat_title="what Telegram itself says in a chat")
-    chat.push(edited_message={"message_id": 1, "date": 1, "edit_date": 2, **tg.person(10), "text": "Why?"})
-    chat.push(channel_post={"message_id": 1, "date": 1, "chat": {"id": 10, "type": "channel"}, "text": "Why?"})
-    chat.say(10, "/start")
-    assert chat.reply(10)["text"].startswith("I tell jokes")  # and nothing to what came before
-
-
-def test_only_the_owner_sees_the_statistics_and_nobody_the_source(chat):
-    chat.say(11, "/stats")
-    assert "/joke" in chat.reply(11)["text"]
-    chat.say(OWNER, "/stats")
-    text = chat.reply(OWNER)["text"]
-    assert re.search(r"human_jokes\.csv: \d+ told, \d+ votes, liked by \d+% \(95%: \d+% to \d+%\)", text)
-    others = [call for call in chat.calls if call[1].get("chat_id") != str(OWNER)]
-    assert len(others) > 10 and "human_jokes" not in json.dumps(others)
+def test_what_is_no_question_is_explained_and_what_is_no_message_is_not(chat):
+    photo = [{"file_id": "a", "file_unique_id": "b", "width": 1, "height": 1}]
+    for number, content in enumerate([dict(text="/nonsense"), dict(photo=photo, caption="Why?")]):
+        chat.say(10, **content)
+        assert chat.reply(10, number)["text"].startswith("I tell jokes")
+    chat.say(11, new_chat_title="what Telegram itself says in a chat")
+    chat.push(edited_message={"message_id": 1, "date": 1, "edit_date": 2, **tg.person(11), "text": "Why?"})
+    chat.push(channel_post={"message_id": 1, "date": 1, "chat": {"id": 11, "type": "channel"}, "text": "Why?"})
+    chat.say(11, "/start")
+    assert chat.reply(11)["text"].startswith("I tell jokes")  # and nothing to what came before
 
 
 def test_a_busy_telegram_gets_everything_in_the_end(chat):
     chat.answers["sendMessage"] += [tg.refusal(429, "Too Many Requests: retry after 1", retry_after=1),
                                     tg.refusal(502, "Bad Gateway"), (0, None)]
-    chat.answers["getUpdates"] += [tg.refusal(500, "Internal Server Error"), (200, {"ok": True}), (200, "[1]"),
+    chat.answers["getUpdates"] += [tg.refusal(500, "Internal Server Error"), (200, {"ok": True}),
                                    tg.refusal(429, "Too Many Requests: retry after 1", retry_after=1)]
     chat.say(12, "Why is the lighthouse bright?")
     assert chat.reply(12)["text"].startswith("Why is the lighthouse bright?")
@@ -604,22 +540,11 @@ def test_malformed_updates_are_left_out(chat):
     chat.push(message={"text": "Why?"})
     chat.push(callback_query={"id": 1})
     chat.push(message={"message_id": 1, "date": "yesterday", **tg.person(13), "text": "Why?"})
-    chat.push(update_id="one")
     chat.push(unheard_of={"of": ["a", "newer", "API"]})
-    with chat.changed:
-        chat.updates.append((next(chat.numbers), "no update"))
     chat.say(13, "/start")
     assert "/joke" in chat.reply(13)["text"]
     chat.wait(lambda: not chat.updates, "the updates to be confirmed")
     assert chat.process.poll() is None
-
-
-def test_a_user_who_blocked_the_bot_harms_nobody(chat):
-    chat.answers["sendMessage"] += [tg.refusal(403, "Forbidden: bot was blocked by the user")]
-    chat.say(14, "/start")
-    chat.wait(lambda: not chat.answers["sendMessage"], "the attempt")
-    chat.say(15, "/start")
-    assert "/joke" in chat.reply(15)["text"]
 
 
 def test_two_hundred_users_at_once(chat):
@@ -635,12 +560,6 @@ def test_two_hundred_users_at_once(chat):
     assert sum("seconds" in message["text"] for message in chat.sent(16)) >= 5
 
 
-QUICK = """
-import sys
-from helpers.chapters import bot
-bot.load_sources = lambda urls: {"echo": lambda questions: [(question or "Any?", "Yes.") for question in questions]}
-bot.main(sys.argv[1:])
-"""  # without the packages that a model needs
 SLOW = """
 import os, sys, time
 from helpers.chapters import bot
@@ -673,25 +592,6 @@ def test_sigterm_finishes_what_is_in_flight(tmp_path):
         assert not server.updates or int(server.called("getUpdates")[-1]["offset"]) > server.updates[-1][0]
 
 
-def test_a_webhook(tmp_path):
-    port = str(free_port())
-    address = f"http://127.0.0.1:{port}/hook"
-    with tg.telegram() as server, process(tmp_path, server, "x.csv", "--webhook", address, "--port", port, code=QUICK):
-        assert server.webhook["url"] == address and len(server.webhook["secret_token"]) > 20
-        for _ in range(200):
-            with contextlib.suppress(urllib.error.URLError):
-                server.say(1, "/joke")
-                break
-            time.sleep(0.05)
-        message = server.reply(1)
-        assert message["text"] == "Any?\n\nYes."
-        server.press(1, message, buttons(message)["👍"])
-        server.wait(lambda: "Thank you" in server.sent(1)[0]["text"], "thanks")
-        server.webhook["secret_token"] = "somebody else"
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            server.say(2, "/joke")
-
-
 @pytest.mark.parametrize("kind", ["refused", "unknown", "no network", "no Telegram", "none", "malformed", "mysql"])
 def test_it_says_what_is_wrong_and_not_the_token(kind, tmp_path):
     said, env = "TELEGRAM_BOT_TOKEN", {}
@@ -709,14 +609,14 @@ def test_it_says_what_is_wrong_and_not_the_token(kind, tmp_path):
             env = {"TELEGRAM_BOT_TOKEN": {"none": "", "malformed": "tell-nobody"}[kind]}
         if kind == "mysql":
             env, said = {"JOKES_DATABASE_URL": "mysql://bot:tell-nobody@127.0.0.1/jokes"}, "JOKES_DATABASE_URL"
-        with process(tmp_path, server, "x.csv", code=QUICK, ready=False, **env) as running:
+        with process(tmp_path, server, "x.csv", code=CHAT, ready=False, **env) as running:
             assert running.wait(90) == 1
         log = running.log()
         assert said in log and "Traceback" not in log and "tell-nobody" not in log and log.count("\n") <= 2, log
 
 
 def test_a_token_that_is_revoked_ends_the_bot(tmp_path):
-    with tg.telegram() as server, process(tmp_path, server, "x.csv", code=QUICK) as running:
+    with tg.telegram() as server, process(tmp_path, server, "x.csv", code=CHAT) as running:
         with server.changed:
             server.valid = False
             server.changed.notify_all()
@@ -724,23 +624,14 @@ def test_a_token_that_is_revoked_ends_the_bot(tmp_path):
         assert "ask @BotFather for another" in running.log() and "Traceback" not in running.log()
 
 
-FAILING = """
-import logging, os, sys
-from helpers.chapters import bot
-def failing(questions):
-    raise ValueError(os.environ["TELEGRAM_BOT_TOKEN"])
-bot.load_sources = lambda urls: {"failing": failing}
-logging.getLogger("httpx").setLevel(logging.INFO)  # as careless as can be
-logging.getLogger().setLevel(logging.INFO)
-bot.main(sys.argv[1:])
-"""
-
-
-def test_an_error_inside_is_logged_without_the_token_and_told_politely(tmp_path):
-    with tg.telegram() as server, process(tmp_path, server, "x.csv", code=FAILING) as running:
-        server.say(1, "Why?")
-        assert "Something went wrong, sorry" in server.reply(1)["text"]
-        assert "ValueError: ***" in running.log() and "/getMe" not in running.log()
+def test_an_error_is_told_politely_and_logged(chat):
+    chat.answers["sendMessage"] += [tg.refusal(403, "Forbidden: bot was blocked by the user")]
+    chat.say(14, "/start")
+    chat.wait(lambda: not chat.answers["sendMessage"], "the attempt")
+    chat.say(15, "Fail!")
+    assert "Something went wrong, sorry" in chat.reply(15)["text"]
+    log = chat.process.log()
+    assert "ValueError: this joke is not funny" in log and "/getMe" not in log and "api" not in log
 
 
 # ----------------------------------------------------------------------------------------- a model, and the notebook
@@ -748,31 +639,60 @@ def test_an_error_inside_is_logged_without_the_token_and_told_politely(tmp_path)
 
 @pytest.fixture(scope="module")
 def notebook():
-    """notebook(text): the names that the code cell with this text defines."""
-    cells = nbformat.read(ROOT / "notebooks/07_joke_bot.ipynb", as_version=4).cells
-    imports = next(cell.source for cell in cells if cell.source.startswith("import itertools"))
+    """notebook(*texts): the names that the code cells with these texts define, one after the other."""
+    cells = [cell.source for cell in nbformat.read(ROOT / "notebooks/07_joke_bot.ipynb", as_version=4).cells
+             if cell.cell_type == "code"]
 
-    def cell_with(text, **names):
-        [source] = [cell.source for cell in cells if cell.cell_type == "code" and text in cell.source]
+    def run_cells(*texts, **names):
         names = {**vars(bot), **names}
-        exec(imports, names)
-        exec(source, names)
+        for text in ("import ipywidgets", *texts):
+            [source] = [source for source in cells if text in source]
+            exec(source, names)
         return names
-    return cell_with
+    return run_cells
 
 
-def test_a_model_and_people_tell_jokes_side_by_side(tmp_path, sqlite, jokes_csv, one_thread):
-    from helpers.chapters import jokes as language  # here: it takes a while
-
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The folder of two small models, whose base models are known, and of a CSV of jokes."""
+    folder = tmp_path_factory.mktemp("models")
     model, tokenizer = language.load_base("", [pair for pair in PAIRS for _ in range(20)], 24)
-    language.save(model, tokenizer, tmp_path / "model")
-    sources = bot.load_sources([str(tmp_path / "model"), jokes_csv])
-    assert list(sources) == [str(tmp_path / "model"), "human_jokes.csv"]
+    for name in ("minilm", "small"):
+        model.config.base_model = name
+        language.save(model, tokenizer, folder / f"jokes-{name}")
+    (folder / "human.csv").write_text("ID,Question,Answer\n1,Why did it smile?,The night was bright.\n")
+    return folder
+
+
+def test_models_and_people_tell_jokes_side_by_side(models, tmp_path, sqlite, one_thread):
+    urls = [f"{models}/jokes-minilm", f"{models}/jokes-small", f"{models}/jokes-small", f"{models}/human.csv"]
+    sources = bot.load_sources(urls)
+    assert list(sources) == ["minilm", "small", urls[2], "human.csv"]  # what the votes are to compare
     with joke_bot(sources, batch=4, stock=4, seed=0) as jokes:
-        with ThreadPoolExecutor(8) as pool:
-            told = list(pool.map(lambda i: jokes.tell(i, "Why?" if i % 2 else None), range(16)))
+        told = [jokes.tell(i, "Why?" if i % 2 else None) for i in range(40)]
     assert all(joke.question.strip() and joke.answer.strip() for joke in told)
-    assert {joke.question for joke in told[1::2]} == {"Why?"} and {joke.source for joke in told} == set(sources)
+    assert {joke.question for joke in told[1::2]} == {"Why?"} and {joke.source for joke in told[::2]} == set(sources)
+    assert {joke.source for joke in told[1::2]} == set(sources) - {"human.csv"}
+    with pytest.raises(storage.StorageError, match=r"minilm tells no jokes with {'temperature': 0.0}"):
+        bot.load_sources(urls[:1], temperature=0.0)
+    options = "--temperature", "0.7", "--top-k", "5", "--top-p", "0.5", "--repetition-penalty", "1.3", "--stock", "0"
+    with tg.telegram() as server, process(tmp_path, server, urls[0], urls[3], *options):
+        server.say(1, "Why?")
+        assert server.reply(1)["text"].startswith("Why?\n\n")
+
+
+def test_the_models_of_a_bucket_are_found(notebook, models, embedded, bucket):
+    storage.create_bucket(bucket)
+    names = dict(bucket=bucket, jokes_csv=f"{models}/human.csv", requests=1, liked_votes=5, liked_above=0.5, seed=0)
+    for folder, name in (("jokes", "minilm"), ("jokes-small", "small"), ("convert", "small")):
+        for file in (models / f"jokes-{name}").iterdir():
+            storage.write(f"s3://{bucket}/models/{folder}/{file.name}", file.read_bytes())
+    storage.write(f"s3://{bucket}/models/jokes-half/model.safetensors", b"")  # cut off
+    found = notebook("def find_models", model_urls=[], **names)
+    assert found["models"] == [f"s3://{bucket}/models/jokes", f"s3://{bucket}/models/jokes-small"]
+    assert list(found["sources"]) == ["minilm", "small", "human.csv"]
+    given = notebook("def find_models", model_urls=f"{models}/jokes-small {models}/jokes-minilm", **names)
+    assert list(given["sources"]) == ["small", "minilm", "human.csv"]
 
 
 def test_what_cannot_be_a_source_is_named(tmp_path):
@@ -786,7 +706,9 @@ def test_what_cannot_be_a_source_is_named(tmp_path):
 
 def test_the_panel_of_the_notebook(notebook, sqlite):
     with joke_bot({"model": echo}, per_minute=3, stock=0) as jokes:
-        panel = notebook("def panel", jokes=jokes)["panel"](jokes)
+        shown = notebook("def panel", jokes=jokes, sources={"people": bot.People(PAIRS)}, human="people", display=print)
+        assert "Both &lt; lean" in shown["picture"](bot.Joke(question=PAIRS[0][0], answer=PAIRS[0][1]), "👍").data
+        panel = shown["panel"](jokes)
         (question, tell), shown, buttons = panel.children[0].children, panel.children[1], panel.children[2]
         like, dislike = buttons.children
         question.value = "Why <b>so</b> & not?"
@@ -815,3 +737,9 @@ def test_the_statistics_of_the_notebook(notebook):
 def test_a_password_is_no_parameter(notebook, url, refused):
     with pytest.raises(ValueError, match="JOKES_DATABASE_URL") if refused else contextlib.nullcontext():
         notebook("database_url has a password", database_url=url)
+
+
+def test_the_notebook_is_for_one_process(notebook, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(storage.StorageError, match="run notebook 07 without --processes"):
+        notebook("WORLD_SIZE", database_url="")

@@ -9,20 +9,19 @@ import os
 import random
 import re
 import secrets
-import sys
 import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from html import escape
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import peewee
 from playhouse import db_url
-from scipy.stats import binomtest
-from sklearn.feature_extraction.text import TfidfVectorizer
+from playhouse.migrate import SchemaMigrator, migrate
 from telegram import InlineKeyboardButton, InlineKeyboardMarkup, Update
 from telegram.error import BadRequest, Forbidden, InvalidToken, NetworkError, TelegramError, TimedOut
 from telegram.ext import AIORateLimiter, Application, CallbackQueryHandler, CommandHandler, MessageHandler, filters
@@ -41,8 +40,9 @@ class Table(peewee.Model):
 class Joke(Table):
     """A joke as somebody was told it."""
 
-    id = peewee.BigAutoField()
+    id = peewee.BigIntegerField(primary_key=True, default=lambda: 10**17 + secrets.randbelow(9 * 10**17))  # 18 digits
     source = peewee.TextField()
+    asked = peewee.BooleanField(null=True)  # it answers a person's question; unknown in databases of older versions
     question = peewee.TextField()
     answer = peewee.TextField()
     told = peewee.DoubleField(default=time.time)  # seconds since 1970
@@ -59,34 +59,20 @@ class Vote(Table):
     class Meta:
         primary_key = peewee.CompositeKey("joke", "person")
 
-
-class Message(Table):
-    """The Telegram message in which a joke was told."""
-
-    joke = peewee.ForeignKeyField(Joke, primary_key=True)
-    chat = peewee.BigIntegerField()
-    number = peewee.BigIntegerField(null=True)  # unknown until it is sent
-
 def open_database(url):
-    """The peewee database of a URL, with a `place` that can be shown. Raises ValueError and OSError."""
+    """The peewee database of a URL, and where that is, without the password. Raises ValueError and OSError."""
     parts = urlsplit(url)
     if parts.scheme == "sqlite" and len(url) > len("sqlite:///"):
         path = Path(url.removeprefix("sqlite:///"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            with suppress(PermissionError):  # the file of another user, who decides
-                path.chmod(0o600)
-        else:
-            path.touch(0o600)
-        opened = peewee.SqliteDatabase(path, timeout=30, pragmas={"journal_mode": "wal", "foreign_keys": 1})
-        opened.place = f"sqlite: {path}"
-        return opened
+        path.touch(0o600)
+        pragmas = {"journal_mode": "wal", "foreign_keys": 1}
+        return peewee.SqliteDatabase(path, timeout=30, pragmas=pragmas), f"sqlite: {path}"
     misread = parts.fragment or "@" in parts.path + parts.query  # where a # or / in a password leads
     if parts.scheme != "postgresql" or len(parts.path) < 2 or misread:
         raise ValueError
-    opened = db_url.connect(url, unquote_password=True, unquote_user=True, prefer_psycopg3=True, connect_timeout=10)
-    opened.place = f"postgresql: {parts.hostname}:{parts.port or 5432}{parts.path}"
-    return opened
+    database = db_url.connect(url, unquote_password=True, unquote_user=True, prefer_psycopg3=True, connect_timeout=10)
+    return database, f"postgresql: {parts.hostname}:{parts.port or 5432}{parts.path}"
 
 @contextmanager
 def connection():
@@ -96,8 +82,8 @@ def connection():
         with database.connection_context():
             yield
     except peewee.PeeweeException as error:
-        reason = " ".join(str(error).split())
-        raise storage.StorageError(f"The votes cannot be kept in {database.place}: {reason}") from None
+        said = " ".join(str(error).split())
+        raise storage.StorageError(f"The votes cannot be kept in {database.place}: {said}") from None
 
 def connect(url=""):
     """Keep the votes in sqlite:///file or postgresql://user:password@host:port/name; returns where that is, in words.
@@ -107,30 +93,31 @@ def connect(url=""):
     """
     url = url or os.environ.get("JOKES_DATABASE_URL") or f"sqlite:///{storage.REPOSITORY / 'runs/jokes.db'}"
     try:
-        database = open_database(url)
+        database, place = open_database(url)
     except ValueError:  # its own words may hold a part of the password
         raise storage.StorageError("The database of the votes (JOKES_DATABASE_URL) must be sqlite:///file or "
                                    "postgresql://user:password@host:port/name, with special characters of the password "
                                    "percent-encoded; this is neither.") from None
     except OSError as error:
         raise storage.StorageError(f"The votes cannot be kept in {error.filename}: {error.strerror}.") from None
+    database.place = place
     Table._meta.database.initialize(database)
     with connection():
-        database.create_tables([Joke, Vote, Message])
-    return database.place
+        database.create_tables([Joke, Vote])
+        if "asked" not in [column.name for column in database.get_columns("joke")]:  # of an older version
+            migrate(SchemaMigrator.from_database(database).add_column("joke", "asked", Joke.asked))
+    return place
 
 def cut(text, limit):
     """At most `limit` characters of a text, without half characters and zero bytes, which databases refuse."""
     return text.encode(errors="ignore").decode().replace("\0", "")[:limit]
 
 
-def record(source, question, answer, chat=None):
-    """Keep a joke that is told now, in this Telegram chat; returns the Joke, by whose id there are votes."""
-    with connection(), Table._meta.database.atomic():
-        joke = Joke.create(source=source, question=cut(question, LONGEST[0]), answer=cut(answer, LONGEST[1]))
-        if chat is not None:
-            Message.create(joke=joke, chat=chat)
-        return joke
+def record(source, question, answer, asked=False):
+    """Keep a joke that is told now, and whether it answers a question; returns the Joke, by whose id there are votes."""
+    with connection():
+        question, answer = cut(question, LONGEST[0]), cut(answer, LONGEST[1])
+        return Joke.create(source=source, asked=asked, question=question, answer=answer)
 
 
 def vote(joke, person, liked):
@@ -142,31 +129,29 @@ def vote(joke, person, liked):
                 conflict_target=[Vote.joke, Vote.person], preserve=[Vote.liked, Vote.voted]).execute()
         return told
 
-def tally():
-    """{source: (jokes told, votes, votes that like it)}."""
+def tally(asked=None):
+    """{source: (jokes told, votes, votes that like it)} of answers (asked is True), whole jokes (False), or all."""
     jokes = peewee.fn.COUNT(Joke.id.distinct())
     likes = peewee.fn.COUNT(peewee.Case(None, [(Vote.liked, 1)]))
+    rows = (Joke.select(Joke.source, jokes, peewee.fn.COUNT(Vote.person), likes)
+            .join(Vote, peewee.JOIN.LEFT_OUTER).group_by(Joke.source).order_by(Joke.source))
     with connection():
-        rows = (Joke.select(Joke.source, jokes, peewee.fn.COUNT(Vote.person), likes)
-                .join(Vote, peewee.JOIN.LEFT_OUTER).group_by(Joke.source).order_by(Joke.source))
+        rows = rows if asked is None else rows.where(Joke.asked == asked)
         return {source: tuple(counts) for source, *counts in rows.tuples()}
 
-def human_source(pairs, seed=None):
-    """A source of human-written jokes: any of these (question, answer); to a question, the answer to the most alike."""
-    words, chance = TfidfVectorizer(), random.Random(seed)
-    known = words.fit_transform([question for question, _ in pairs])
+class People:
+    """A source of human-written jokes: any of these (question, answer), whatever is asked."""
 
-    def tell(questions):
-        told = []
-        for question in questions:
-            alike = known @ words.transform([question or ""]).T  # (jokes, 1): 0 where no word is shared
-            theirs, answer = pairs[alike.toarray().argmax()] if alike.nnz else chance.choice(pairs)
-            told.append((theirs if question is None else question, answer))
-        return told
-    return tell
+    answers = False  # as other sources do
 
-def load_sources(urls):
-    """{name: source}: of models of notebook 05, by their URLs, and of .csv files, by their names."""
+    def __init__(self, pairs, seed=None):
+        self.pairs, self.chance = pairs, random.Random(seed)
+
+    def __call__(self, questions):
+        return [self.chance.choice(self.pairs) for _ in questions]
+
+def load_sources(urls, **sampling):
+    """{name: source} of models of notebook 05, with these settings of Joker.tell, and of .csv files, by their URLs."""
     from helpers.chapters import jokes  # here: transformers take their time
 
     sources = {}
@@ -175,9 +160,15 @@ def load_sources(urls):
             pairs, _ = jokes.clean(jokes.read(url)[0])
             if not pairs:
                 raise storage.StorageError(f"{url} holds no jokes.")
-            sources[url.rpartition("/")[2]] = human_source(pairs)
+            sources[url.rpartition("/")[2]] = People(pairs)
         else:
-            sources[url] = jokes.load(url).tell
+            joker = jokes.load(url)
+            name = getattr(joker.model.config, "base_model", url)
+            sources[url if name in sources else name] = tell = partial(joker.tell, **sampling)
+            try:
+                tell([None])
+            except ValueError as error:
+                raise storage.StorageError(f"{url} tells no jokes with {sampling}: {error}") from None
     return sources
 
 class Busy(Exception):
@@ -222,17 +213,16 @@ def take_batch(queue):
             if queue.closed:
                 return None
             low = [source for source, ready in queue.ready.items()
-                   if len(ready) <= queue.stock - queue.batch and time.monotonic() > queue.resting[source]]
+                   if len(ready) <= max(queue.stock - queue.batch, 0) < queue.stock
+                   and time.monotonic() > queue.resting[source]]
             if low:
-                return min(low, key=lambda source: len(queue.ready[source])), [(None, None)] * queue.batch
+                count = min(queue.batch, queue.stock)
+                return min(low, key=lambda source: len(queue.ready[source])), [(None, None)] * count
             queue.changed.wait(1)
         source = queue.waiting[0][0]
-
-        def same():
-            return [request for request in queue.waiting if request[0] == source]
-
-        queue.changed.wait_for(lambda: queue.closed or len(same()) >= queue.batch, queue.GATHER)
-        batch = same()[:queue.batch]
+        queue.changed.wait_for(lambda: queue.closed or sum(asked == source for asked, *_ in queue.waiting)
+                               >= queue.batch, queue.GATHER)
+        batch = [request for request in queue.waiting if request[0] == source][:queue.batch]
         queue.waiting = deque(request for request in queue.waiting if request not in batch)
         return source, [(question, future) for _, question, future in batch if future.set_running_or_notify_cancel()]
 
@@ -255,7 +245,7 @@ def work(queue, sources):
                     future.set_exception(error)
 
 class JokeBot:
-    """Tells jokes of several sources, {name: source}, each time of one drawn at random.
+    """Tells jokes of several sources, {name: source}, each time of one drawn at random among those that can.
 
     One thread calls them all, for a `batch` at a time, and fills up a `stock` of whole jokes per source when nobody
     waits. At most `queue` requests wait, and a person gets `per_minute` jokes: more is Busy.
@@ -275,13 +265,16 @@ class JokeBot:
                 self.minute, self.asked = minute, Counter()
             if self.asked[person] >= self.per_minute:
                 raise Busy(f"You are faster than I am! Please ask me again in {60 - second} seconds.")
-            future = self.queue.put(self.random.choice(list(self.sources)), question)
+            able = [name for name, tell in self.sources.items() if question is None or getattr(tell, "answers", True)]
+            if not able:
+                raise Busy("I know whole jokes only and cannot answer questions, sorry.")
+            future = self.queue.put(self.random.choice(able), question)
             self.asked[person] += 1
             return future
 
     def tell(self, person, question=None):
         """A Joke, told and recorded; waits for it. Raises Busy."""
-        return record(*self.ask(person, question).result())
+        return record(*self.ask(person, question).result(), asked=question is not None)
 
     def close(self):
         """Tell those who wait their jokes, and end. Later requests are Busy."""
@@ -296,23 +289,15 @@ def as_html(joke, mark=""):
     text = f"<b>{escape(joke.question, quote=False)}</b>\n\n{escape(joke.answer, quote=False)}"
     return text + (f"\n\n<i>{THANKS}</i> {mark}" if mark else "")
 
-def wilson(likes, count):
-    """The 95% confidence interval of a share of votes, with `low` and `high`."""
-    return binomtest(likes, count).proportion_ci(method="wilson")
-
-HELP = ("I tell jokes. /joke for one, or ask me a question and I will answer it.\n"
+HELP = ("I tell jokes. /joke for one, or write a question to me and I will answer it.\n"
         "Then tell me with 👍 or 👎 what you think of it; you can change your mind.")
 
 
 async def explain(update, context):
     await update.effective_message.reply_text(HELP)
 
-
-async def refuse(update, context):
-    await update.effective_message.reply_text("I can only read text, sorry. " + HELP)
-
 async def tell_joke(update, context):
-    message, chat = update.effective_message, update.effective_chat
+    message = update.effective_message
     question = cut(message.text, LONGEST[0]) if context.args is None else None  # they are a list after /joke
     try:
         future = context.bot_data["jokes"].ask(update.effective_user.id, question)
@@ -320,50 +305,20 @@ async def tell_joke(update, context):
         return await message.reply_text(str(busy))
     if not future.done():
         with suppress(TelegramError):
-            await chat.send_action("typing")
-    joke = await asyncio.to_thread(record, *await asyncio.wrap_future(future), chat.id)
-    text = as_html(joke)
-    if question and len(message.text) > LONGEST[0]:
-        text += f"\n\n<i>(I read the first {LONGEST[0]} characters of your message.)</i>"
+            await update.effective_chat.send_action("typing")
+    joke = await asyncio.to_thread(record, *await asyncio.wrap_future(future), question is not None)
     buttons = [InlineKeyboardButton(mark, callback_data=f"{mark}{joke.id}") for mark in "👍👎"]
-    sent = await message.reply_html(text, reply_markup=InlineKeyboardMarkup([buttons]))
-    await asyncio.to_thread(note_message, joke, sent.message_id)
-
-def note_message(joke, number):
-    """Keep the number of the message in which a joke was told."""
-    with connection():
-        Message.update(number=number).where(Message.joke == joke).execute()
-
-
-def vote_below(chat, number, person, data):
-    """The Joke of callback data with the vote of a person; None if it was not told in the message of this number."""
-    found = re.fullmatch(r"([👍👎])(\d{1,18})", data or "")
-    with connection():
-        message = found and Message.get_or_none(joke=int(found[2]), chat=chat)
-    told = message and message.number in (None, number)  # pressed before it was noted
-    return vote(message.joke_id, person, found[1] == "👍") if told else None
-
+    await message.reply_html(as_html(joke), reply_markup=InlineKeyboardMarkup([buttons]))
 
 async def count_vote(update, context):
-    query, message = update.callback_query, update.callback_query.message
-    joke = message and await asyncio.to_thread(
-        vote_below, message.chat.id, message.message_id, query.from_user.id, query.data)
+    query = update.callback_query
+    found = re.fullmatch(r"([👍👎])(\d{18})", query.data or "")
+    joke = found and await asyncio.to_thread(vote, int(found[2]), query.from_user.id, found[1] == "👍")
     with suppress(BadRequest):  # pressed long ago: the vote counts all the same
         await query.answer(THANKS if joke else "I no longer know this joke, sorry.")
-    if joke and message.is_accessible:
+    if joke and query.message and query.message.is_accessible:
         with suppress(BadRequest):  # the same one twice: there is nothing to change
-            await query.edit_message_text(as_html(joke, query.data[0]), "HTML", reply_markup=message.reply_markup)
-
-async def show_statistics(update, context):
-    if update.effective_user.id != context.bot_data["owner"]:
-        return await explain(update, context)
-    lines = []
-    for source, (jokes, votes, likes) in (await asyncio.to_thread(tally)).items():
-        lines.append(f"{source}: {jokes} told, {votes} votes")
-        if votes:
-            low, high = wilson(likes, votes)
-            lines[-1] += f", liked by {likes / votes:.0%} (95%: {low:.0%} to {high:.0%})"
-    await update.effective_message.reply_text("\n".join(lines) or "Nothing was told yet.")
+            await query.edit_message_text(as_html(joke, found[1]), "HTML", reply_markup=query.message.reply_markup)
 
 async def report_error(update, context):
     if update is None:  # of polling
@@ -381,19 +336,16 @@ class Patience(AIORateLimiter):
     """Keeps to Telegram's limits, and repeats calls after faults of its servers."""
 
     async def process_request(self, *args, **kwargs):
-        for pause in (0.5, 1, 2):
+        for pause in (0.5, 1, 2, 0):  # seconds
             try:
                 return await super().process_request(*args, **kwargs)
             except NetworkError as error:
-                if isinstance(error, (BadRequest, TimedOut)):
+                if isinstance(error, (BadRequest, TimedOut)) or not pause:
                     raise
             await asyncio.sleep(pause)
-        return await super().process_request(*args, **kwargs)
 
 def readable(update):
-    """The update; of one that the library cannot read its number alone, and None where it has none."""
-    if not isinstance(update, dict) or not isinstance(update.get("update_id"), int):
-        return None
+    """The update; its number alone where the library cannot read it, which confirms it."""
     try:
         Update.de_json(update, None)
         return update
@@ -414,89 +366,55 @@ class Updates(HTTPXRequest):
     @staticmethod
     def parse_json_payload(payload):
         answer = HTTPXRequest.parse_json_payload(payload)
-        if isinstance(answer, dict) and "result" in answer:
-            answer["result"] = [update for update in map(readable, answer["result"]) if update]
-        return answer
+        return {**answer, "result": [*map(readable, answer.get("result", ()))]}
 
-def make_application(jokes, token, owner, base_url):
-    """The Application of python-telegram-bot that runs a JokeBot."""
+def serve(jokes, token, base_url="https://api.telegram.org"):
+    """Run a JokeBot on Telegram until SIGTERM or Ctrl-C, tell what was asked for, close it. Raises TelegramError."""
     application = (Application.builder().token(token).base_url(f"{base_url}/bot").rate_limiter(Patience(max_retries=4))
                    .get_updates_request(Updates()).concurrent_updates(256).build())
-    application.bot_data.update(jokes=jokes, owner=owner)
+    application.bot_data["jokes"] = jokes
     new = filters.UpdateType.MESSAGE  # not one that was edited
-    application.add_handlers([CommandHandler("joke", tell_joke, new), CommandHandler("stats", show_statistics, new),
-                              MessageHandler(filters.COMMAND & new, explain),
-                              MessageHandler(filters.TEXT & new, tell_joke),
-                              MessageHandler(~filters.StatusUpdate.ALL & new, refuse),
-                              CallbackQueryHandler(count_vote)])
+    application.add_handlers([CommandHandler("joke", tell_joke, new), CallbackQueryHandler(count_vote),
+                              MessageHandler(filters.TEXT & ~filters.COMMAND & new, tell_joke),
+                              MessageHandler(~filters.StatusUpdate.ALL & new, explain)])
     application.add_error_handler(report_error)
-    return application
-
-def serve(jokes, token, owner=None, base_url="https://api.telegram.org", webhook=None, listen="127.0.0.1", port=8443):
-    """Run a JokeBot on Telegram until SIGTERM or Ctrl-C; what people asked for by then they get. Closes the bot.
-
-    owner: the number of the user who may see /stats. base_url: Telegram's, or that of a local Bot API server. webhook:
-    the https address that Telegram shall call, which a web server passes on to `listen`:`port`; without, the bot polls.
-    Raises TelegramError.
-    """
-    application = make_application(jokes, token, owner, base_url)
-    options = {"allowed_updates": ["message", "callback_query"]}
     try:
-        if webhook:
-            application.run_webhook(listen, port, urlsplit(webhook).path, webhook_url=webhook,
-                                    secret_token=secrets.token_urlsafe(), **options)
-        else:
-            application.run_polling(**options)
+        application.run_polling(allowed_updates=["message", "callback_query"])
     finally:
         jokes.close()
     if refused := application.bot_data.get("refused"):
         raise refused
-
-class Redacted(logging.Formatter):
-    """Log records, tracebacks included, without the secrets of the environment."""
-
-    def format(self, record):
-        return storage.redact(super().format(record))[0]
-
-
-def set_up_logging():
-    """Log warnings to standard error, uncaught exceptions too, without secrets."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("telegram").setLevel(logging.CRITICAL)  # its errors come to report_error, or to main
-    sys.excepthook = lambda *error: logging.critical("the bot ends", exc_info=error)
 
 def make_parser():
     parser = argparse.ArgumentParser("python -m helpers bot", description="The joke bot on Telegram. Its token is in "
                                      "TELEGRAM_BOT_TOKEN, the database of the votes in JOKES_DATABASE_URL.")
     parser.add_argument("sources", nargs="*", default=["s3://deep-learning/models/jokes", "data_samples/jokes.csv"],
                         help="folders of models, and .csv files of human-written jokes; %(default)s")
-    parser.add_argument("--owner", type=int, default=os.environ.get("TELEGRAM_OWNER_ID"),
-                        help="the number of the user who may see /stats; TELEGRAM_OWNER_ID")
+    parser.add_argument("--stock", type=int, default=16, help="whole jokes of each source kept ready; %(default)s")
     parser.add_argument("--base-url", default="https://api.telegram.org", help="of a local Bot API server; %(default)s")
-    parser.add_argument("--webhook", metavar="URL", help="the address that Telegram calls; without, the bot polls")
-    parser.add_argument("--listen", default="127.0.0.1", help="where the calls come in; %(default)s")
-    parser.add_argument("--port", type=int, default=8443, help="and %(default)s")
+    sampling = parser.add_argument_group("how models draw their words (notebook 05), by default as there")
+    for name, kind in {"temperature": float, "top-k": int, "top-p": float, "repetition-penalty": float}.items():
+        sampling.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     return parser
 
 def main(argv=None):
     """Run the bot on Telegram; exits with one line where it cannot."""
     parser = make_parser()
-    options = vars(parser.parse_args(argv))
-    set_up_logging()
-    token, urls = os.environ.get("TELEGRAM_BOT_TOKEN", ""), options.pop("sources")
+    options, token = vars(parser.parse_args(argv)), os.environ.get("TELEGRAM_BOT_TOKEN", "")
+    urls, stock, base_url = (options.pop(name) for name in ("sources", "stock", "base_url"))  # sampling is left
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("telegram").setLevel(logging.CRITICAL)
     if not re.fullmatch(r"\d+:[\w-]{30,}", token):
         parser.exit(1, "There is no bot's token (123456789:ABC…) in TELEGRAM_BOT_TOKEN: ask @BotFather for one.\n")
     try:
         if any(url.startswith("s3://") for url in urls):
             storage.connect()
         print(f"Votes are kept in {connect()}", flush=True)
-        serve(JokeBot(load_sources(urls)), token, **options)
+        serve(JokeBot(load_sources(urls, **options), stock=stock), token, base_url)
     except storage.StorageError as error:
         parser.exit(1, f"{error}\n")
     except (Forbidden, InvalidToken):
         parser.exit(1, "Telegram refuses the token in TELEGRAM_BOT_TOKEN: ask @BotFather for another.\n")
     except TelegramError as error:
-        parser.exit(1, storage.redact(f"{options['base_url']} does not answer as Telegram: {error}\n")[0])
+        parser.exit(1, storage.redact(f"{base_url} does not answer as Telegram: {error}\n")[0])
