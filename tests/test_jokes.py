@@ -245,7 +245,7 @@ def test_a_saved_model_is_a_hugging_face_folder_and_what_plain_transformers_gene
     assert tokenizer(f"[QUESTION] {PAIRS[0][0]}[ANSWER]")["input_ids"] == prompt
     said = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)[0].tolist()
     assert said[-1] == tokenizer.eos_token_id == trained[1].eos_token_id
-    assert jokes.load(saved).tell([None, PAIRS[0][0]], seed=3) == jokes.Joker(*trained).tell([None, PAIRS[0][0]], seed=3)
+    assert jokes.load(saved).tell([None, "Why?"], seed=3) == jokes.Joker(*trained).tell([None, "Why?"], seed=3)
     further, tokenizer = jokes.load_base(saved, PAIRS, 32)
     assert tokenizer.get_vocab() == trained[1].get_vocab() and tokenizer.model_max_length == 32
     assert torch.equal(further.lm_head.weight, trained[0].lm_head.weight)

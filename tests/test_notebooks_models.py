@@ -16,10 +16,13 @@ def test_04_to_07_train_look_and_tell_in_one_bucket(embedded, tmp_path, bucket):
 
     extra, votes = tmp_path / "extra.txt", f"sqlite:///{tmp_path}/votes.db"
     extra.write_text("Ladies and gentlemen, thank you for coming tonight. " * 40)
-    results = execute("05 07", tmp_path, bucket=bucket, epochs=2, extra_text=str(extra), database_url=votes, requests=60)
+    results = execute("05 07", tmp_path, bucket=bucket, epochs=2, base_model="minilm", base_models="small",
+                      extra_text=str(extra), database_url=votes, requests=60)
     assert results["perplexity_after"] < results["perplexity_before"] / 4
     assert results["jokes_kept"] > 450 and results["jokes_dropped"] >= 0 and results["copied_share"] < 0.5
-    assert 0 < results["distinct_2"] <= 1 and results["tokens_per_second"] > 0
+    assert 0 < results["distinct_2"] <= 1 and results["tokens_per_second"] > 0 and results["base_model"] == "minilm"
+    small, minilm = (row["bits_per_character"] for row in results["models"])
+    assert minilm < small - 0.3, "real weights know English"
     assert {"models/jokes/config.json", "models/jokes/model.safetensors"} <= storage.objects(f"s3://{bucket}").keys()
     assert results["jokes_served"] == 60 and 0 < results["p50_seconds"] <= results["p95_seconds"]
     assert results["batched_speedup"] > 0 and results["votes"] == 0
