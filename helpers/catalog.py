@@ -138,7 +138,8 @@ def crc32(data):
 def write_index(url):
     """List the images of a folder, and keep the list there: `S3ImageFolder` starts with it, until you delete or write it.
 
-    What has changed or gone since is an error when it is read, but new images are not seen.
+    An image that has changed or is gone since is an error when it is fetched. New ones are not seen, and what `cache_dir`
+    holds is as it was listed.
     """
     table = list_images(url)
     bucket, key = storage.parse(f"{url}/{INDEX}")

@@ -4,7 +4,6 @@ Requests are counted, held and changed by a proxy in front of a real server; pro
 """
 
 import contextlib
-import gc
 import io
 import multiprocessing
 import os
@@ -373,25 +372,6 @@ def test_damage_is_an_error_that_names_image_and_shard_or_is_skipped_with_a_warn
     assert len(shown) == 60
 
 
-def test_a_damaged_image_is_read_anew_when_it_is_asked_for_again(packed):
-    folder = raw("s3://pictures/photos-packed")
-    with wire() as proxy:
-        proxy.change = lambda method, path: path.startswith("photos-packed/shard")
-        with pytest.raises(storage.StorageError, match="damaged"):
-            list(map(folder.__getitem__, range(60)))
-    assert [folder[index] for index in range(60)] == plain(raw("s3://pictures/photos"), range(60))
-
-
-def test_an_empty_image_in_a_pack_is_skipped_with_a_cache_too(fresh, tmp_path):
-    for number in range(4):
-        put(f"{fresh}/a/{number}.png", png(number) if number != 2 else b"")
-    url = pack.pack(f"s3://pictures/{fresh}")
-    for options in {}, {"cache_dir": tmp_path}:
-        folder = images.S3ImageFolder(url, on_error="skip", **options)
-        with pytest.warns(UserWarning, match="skipped .*/a/2.png: not an image"):
-            assert len(folder.__getitems__(range(4))) == 4
-
-
 # ------------------------------------------------------------------------------------- packing: again, cut off, refused
 
 
@@ -441,27 +421,15 @@ def test_a_shard_goes_up_in_parts_and_no_more_of_its_images_is_read_than_the_nex
     assert len(folder.shards) == 1 and [folder[index][0][:3].strip(b"\0") for index in (0, 19)] == [b"0", b"19"]
 
 
-def test_a_part_that_arrives_damaged_is_refused_and_leaves_nothing(moto_env, bucket, monkeypatch, fresh):
-    for env in moto_env, dict(os.environ):
-        with connected(env), monkeypatch.context() as patch:
-            storage.create_bucket(bucket)
-            patch.setattr(catalog, "md5", lambda data: bytes(16))  # of other bytes
-            for parts in [b"small"], [bytes(pack.PART), b"end"]:
-                with pytest.raises(storage.StorageError, match=f"s3://{bucket}/{fresh}"):
-                    pack.put_verified(f"s3://{bucket}/{fresh}", parts)
-            assert not storage.objects(f"s3://{bucket}")
-            assert not storage.client().list_multipart_uploads(Bucket=bucket).get("Uploads")
-
-
-def test_packing_that_was_killed_at_the_very_end_leaves_no_pieces_when_it_is_run_again(fresh, packed):
-    with wire() as proxy:
-        proxy.hold = lambda method, path: method in ("POST", "DELETE")
-        process = start(pack_shards, "s3://pictures/photos", f"s3://pictures/{fresh}")
-        until(lambda: proxy.held, "the deletion")
-        process.kill()
-        process.join(20)
-    pack_shards("s3://pictures/photos", f"s3://pictures/{fresh}")
-    assert contents(fresh) == contents("photos-packed")
+def test_a_part_that_arrives_damaged_is_refused_and_leaves_nothing(fresh, monkeypatch):
+    url = f"s3://pictures/{fresh}"
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "md5", lambda data: bytes(16))  # of other bytes
+        for parts in [b"small"], [bytes(pack.PART), b"end"]:
+            with pytest.raises(storage.StorageError, match=url):
+                pack.put_verified(url, parts)
+    assert not storage.objects(url)
+    assert not storage.client().list_multipart_uploads(Bucket="pictures").get("Uploads")
 
 
 def test_shards_that_killed_packing_with_other_settings_left_do_not_stay(fresh):
@@ -598,15 +566,6 @@ def test_an_epoch_that_was_broken_off_leaves_nothing_in_the_next(packed):
         assert sorted(epochs[3]) == sorted(plain(raw("s3://pictures/photos"), range(60)))
 
 
-def test_the_epoch_after_one_that_was_broken_off_reads_images_as_they_are_now(fresh):
-    folder = raw(copied(fresh))
-    with wire() as proxy:
-        next(iter(images.loader(folder, 4)))
-        until(lambda: len(proxy.gets(fresh)) == 12 and len(proxy.done) >= 12, "what is asked for ahead")
-    put(f"{fresh}/c/11.jpg", b"new")
-    assert items(images.loader(folder, 4))[-1] == (b"new", 2)
-
-
 def test_two_loaders_of_one_folder_can_be_used_in_turns(packed):
     for url in "s3://pictures/photos", packed:
         folder = raw(url)
@@ -616,14 +575,6 @@ def test_two_loaders_of_one_folder_can_be_used_in_turns(packed):
         expected = plain(folder, range(60))
         assert sum((a for a, _ in mixed), []) == expected
         assert sum((b for _, b in mixed), []) == [expected[index] for index in order[:40]]
-
-
-def test_loaders_in_turns_over_one_folder_keep_what_each_has_asked_for():
-    folder = raw("s3://pictures/photos")
-    with wire() as proxy:
-        for _ in zip(images.loader(folder, 4, shuffle=True), images.loader(folder, 4, shuffle=True, seed=1)):
-            pass
-        assert set(Counter(path for path, _ in proxy.gets("photos")).values()) == {2}
 
 
 @pytest.mark.parametrize("name", ["photos", "photos-packed"])
@@ -695,17 +646,6 @@ def test_a_transform_that_changes_images_in_place_changes_each_once_where_one_is
     assert all(torch.equal(image, one[0]) for image, _ in folder.__getitems__([0, 0]))
 
 
-def test_several_threads_can_read_images_of_one_folder():
-    folder, interval = raw("s3://pictures/photos"), sys.getswitchinterval()
-    expected = folder[0]
-    try:
-        sys.setswitchinterval(1e-5)
-        with ThreadPoolExecutor(16) as pool:
-            assert set(pool.map(folder.__getitem__, [0] * 1000)) == {expected}
-    finally:
-        sys.setswitchinterval(interval)
-
-
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("batch_size, length", [(4, 50), (3000, 30_000)])
 def test_what_a_batch_says_comes_next_is_what_comes_next_for_its_worker(workers, batch_size, length):
@@ -763,31 +703,20 @@ def test_a_file_of_the_cache_that_is_not_as_it_was_written_is_not_believed(url, 
     other = files[0].read_bytes()
     for number, path in enumerate(files):
         data = path.read_bytes()
-        path.write_bytes([data[:-1], b"", secrets.token_bytes(len(data)), other][number % 4])
+        end_not_written = data[:50] + bytes(len(data) - 50)
+        path.write_bytes([data[:-1], b"", secrets.token_bytes(len(data)), other, end_not_written][number % 5])
     assert items(images.loader(raw(url, cache_dir=tmp_path), 9)) == expected
     with wire() as proxy:
         assert items(images.loader(raw(url, cache_dir=tmp_path), 9)) == expected
         assert not proxy.gets("photos")
 
 
-@pytest.mark.parametrize("url", ["s3://pictures/photos", "s3://pictures/photos-packed"])
-def test_a_file_of_the_cache_of_which_the_end_was_not_written_is_not_believed(url, packed, tmp_path):
-    expected = items(images.loader(raw(url, cache_dir=tmp_path), 9))
-    for path in tmp_path.glob("*/*/*"):
-        data = path.read_bytes()
-        path.write_bytes(data[:50] + bytes(len(data) - 50))
-    assert items(images.loader(raw(url, cache_dir=tmp_path), 9)) == expected
-
-
-def test_a_cache_of_which_the_account_is_garbage_is_used_or_left_but_no_error(tmp_path):
+def test_where_a_cache_is_damaged_or_cannot_be_made_the_images_are_there_nevertheless(tmp_path):
     expected = items(images.loader(raw("s3://pictures/photos"), 9))
-    (tmp_path / "bytes").write_bytes(bytes(20))  # such as a file has after the power failed
+    (tmp_path / "bytes").write_bytes(bytes(20))  # the account, such as a file is after the power failed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert items(images.loader(raw("s3://pictures/photos", cache_dir=tmp_path), 9)) == expected
-
-
-def test_a_cache_that_cannot_be_made_is_a_warning_and_the_images_are_there(tmp_path):
     (tmp_path / "file").write_text("no folder")
     folder = raw("s3://pictures/photos", cache_dir=tmp_path / "file/cache")
     with pytest.warns(UserWarning, match="cache"):
@@ -886,17 +815,6 @@ def test_the_images_that_a_living_process_uses_stay_and_what_has_no_room_is_read
         assert not proxy.seen and len(list(tmp_path.glob("*/*/*"))) == 22
 
 
-def test_images_that_another_reader_has_cached_meanwhile_are_not_held_in_memory_for_the_epoch(tmp_path):
-    folder, other = (raw("s3://pictures/thousand", cache_dir=tmp_path) for _ in range(2))
-    one, before = iter(images.loader(folder, 8)), iter(images.loader(other, 8))
-    for _ in range(80):
-        next(before)
-        next(one)
-    gc.collect()
-    held = [found for found in gc.get_objects() if type(found) is images.Prefetch]
-    assert all(len(prefetch.fetching) <= images.CHUNK * images.THREADS for prefetch in held) and len(held) == 2
-
-
 # ------------------------------------------------------------------------------------------------- a million images
 
 
@@ -950,7 +868,7 @@ def test_a_folder_with_an_index_is_not_listed_and_what_has_changed_or_gone_since
             with pytest.raises(storage.StorageError, match=f"{reason}|{name}"):
                 folder[folder.samples.index((f"{url}/{name}", "abc".index(name[0])))]
     catalog.write_index(url)
-    assert [image for image, _ in items(images.loader(raw(url), 4))][3:6] == [b"new", PHOTOS["b/01.jpg"][::-1], PHOTOS["b/04.jpg"]]
+    assert [image for image, _ in items(images.loader(raw(url), 4))][4:7] == [b"new", PHOTOS["b/01.jpg"][::-1], PHOTOS["b/04.jpg"]]
 
 
 # ------------------------------------------------------------------------------------------------------------ listings
@@ -1026,14 +944,6 @@ def distance(data, size):
     return np.abs(image.permute(1, 2, 0).numpy() - in_full(data, size)).mean()
 
 
-@pytest.mark.parametrize("size", [16, 75, 150, 224, 300, 301, 700])
-def test_a_large_jpeg_decoded_to_a_small_size_looks_like_the_whole(size):
-    for height, width in (600, 900), (903, 601):
-        assert distance(jpeg(smooth(height, width)), size) < 4
-        assert np.abs(in_full(jpeg(smooth(height, width)[:, ::-1]), size)
-                      - in_full(jpeg(smooth(height, width)), size)).mean() > 30  # what a mirrored one has
-
-
 @pytest.mark.parametrize("kind", ["progressive", "grey", "CMYK", "turned by EXIF", "without chroma subsampling",
                                   "with a thumbnail's worth of other data in front"])
 def test_a_large_jpeg_of_any_kind_decoded_to_a_small_size_looks_like_the_whole(kind):
@@ -1043,6 +953,10 @@ def test_a_large_jpeg_of_any_kind_decoded_to_a_small_size_looks_like_the_whole(k
                "turned by EXIF": {"exif": turned_by}, "without chroma subsampling": {"subsampling": 0},
                "with a thumbnail's worth of other data in front": {"comment": jpeg(smooth(40, 50))}}[kind]
     assert distance(jpeg(smooth(600, 900), **options), 70) < 1.5
+    for size in 16, 75, 224, 301, 700:
+        assert distance(jpeg(smooth(903, 601), **options), size) < 4
+    for ending in ".png", ".webp", ".bmp":
+        assert distance(cv2.imencode(ending, smooth(600, 900))[1].tobytes(), 64) == 0
 
 
 @pytest.mark.parametrize("scale", [8, 4, 2])
@@ -1072,12 +986,6 @@ def test_a_picture_keeps_its_shape_and_its_middle_is_taken_as_torchvision_does()
     assert (v2.functional.resize(middle, [30, 30]).float() - images.decode(data, 30).float()).abs().mean() < 6
 
 
-def test_a_picture_in_another_format_is_decoded_in_full():
-    for ending in ".png", ".webp", ".bmp":
-        data = cv2.imencode(ending, smooth(600, 900))[1].tobytes()
-        assert distance(data, 64) == 0
-
-
 def test_a_jpeg_that_is_cut_off_is_an_error_at_any_size_where_it_is_one_in_full():
     data, outcomes = jpeg(smooth(300, 300)), Counter()
     for length in [*range(700), *range(700, len(data), 500)]:
@@ -1093,12 +1001,3 @@ def test_a_jpeg_that_is_cut_off_is_an_error_at_any_size_where_it_is_one_in_full(
     for spoilt in turned(data, 3), data[:2] + bytes(200) + data[2:], data[:2] + b"\xff" * 500, data[:2] + bytes(500):
         with contextlib.suppress(ValueError):
             images.decode(spoilt, size=30)
-
-
-def test_a_jpeg_with_fill_bytes_before_a_marker_is_not_decoded_smaller_than_what_is_wanted():
-    detail = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
-    data = jpeg(cv2.resize(detail, (200, 200), interpolation=cv2.INTER_NEAREST), subsampling=0)
-    comment = bytearray(65_531)
-    comment[65_276:65_285] = b"\xff\xc0\0\x11\x08\xff\xff\xff\xff"  # where the length lies when it is read a byte early
-    filled = data[:2] + b"\xff" + b"\xff\xfe\xff\xfd" + bytes(comment) + data[2:]
-    assert torch.equal(images.decode(filled, size=96), images.decode(data, size=96))
