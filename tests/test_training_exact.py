@@ -16,11 +16,13 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from servers import free_port
+from servers.fault_proxy import fault_proxy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from helpers import storage, training
+from helpers.chapters import zips
 from helpers.callbacks import Checkpoint, state_from_safetensors, state_to_safetensors
 from helpers.training import Callback, CancelFit, TrainLoop
 
@@ -345,13 +347,17 @@ def test_any_state_is_packed_without_a_pickle():
 # -------------------------------------------------------------------------------------------------- two processes
 
 
+def two_processes():
+    """What torchrun sets for each of two processes."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory, fork):
     """What `train_and_measure` left behind, weights and values: in one process, and in two with half the batch."""
-    folder, port = tmp_path_factory.mktemp("both"), str(free_port())
-    two = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port} for rank in "01"]
-    for count, environments in (1, [{}]), (2, two):
+    folder = tmp_path_factory.mktemp("both")
+    for count, environments in (1, [{}]), (2, two_processes()):
         codes(fork(environments, "both", 2 // count, str(folder / f"{count}"))[1])
     return [(load_file(folder / count / "weights.safetensors"), json.loads((folder / count / "done.json").read_text()))
             for count in "12"]
@@ -370,6 +376,17 @@ def test_two_processes_train_and_measure_as_one_with_twice_the_batch(both):
 def test_training_on_two_processes_goes_on_exactly_where_each_of_them_was(both):
     for _, values in both:
         assert values["again"] == {"3": True, "6": True, "7": True}  # within an epoch, after one, at the next one's start
+
+
+def test_of_two_processes_the_first_changes_the_store_and_the_other_one_waits_for_it(fork, tmp_path):
+    environment = storage.serve(tmp_path / "s3")
+    (tmp_path / "s3/old").mkdir()
+    with fault_proxy(environment["AWS_ENDPOINT_URL"], delay=0.01) as proxy:
+        environment["AWS_ENDPOINT_URL"] = proxy.url
+        ended = codes(fork([two | environment for two in two_processes()], "store", str(tmp_path))[1])
+    assert ended == [0, 0]
+    assert sorted((tmp_path / f"seen-{rank}").read_text() for rank in "01") == ["{'train': 7, 'val': 2, 'test': 1} True"] * 2
+    assert [path.name for path in (tmp_path / "s3").iterdir()] == ["new"]
 
 
 def test_training_goes_on_with_as_many_processes_only(tmp_path):
@@ -403,6 +420,19 @@ def train(url, folder):
     model, history = outcome(loop)
     save_file(model.state_dict(), Path(folder) / "weights.safetensors")
     (Path(folder) / "history.json").write_text(json.dumps(history))
+
+
+def change_store(folder):
+    storage.connect()
+    storage.create_bucket("new")
+    storage.delete_bucket("old")
+    storage.write("s3://new/pets/raw/cats/0", b"x" * 9)
+    (Path(folder) / "cats").mkdir(exist_ok=True)
+    for i in range(1, 10):
+        (Path(folder) / f"cats/{i}").write_bytes(b"x" * i)
+    zips.upload(f"{folder}/cats", "s3://new/pets/raw/cats")
+    counts = zips.split_classes("s3://new/pets")
+    Path(f"{folder}/seen-{os.environ['RANK']}").write_text(f"{counts} {storage.buckets() == ['new']}")
 
 
 def train_and_measure(factor, folder):
@@ -468,7 +498,7 @@ if __name__ == "__main__":
             if not numbers[-1]:
                 os.environ |= environment
                 sys.stdout = sys.stderr  # for the progress bar
-                {"train": train, "both": train_and_measure}[mode](*arguments)
+                {"train": train, "both": train_and_measure, "store": change_store}[mode](*arguments)
                 os._exit(0)
         print(json.dumps(numbers), flush=True)
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in numbers]), flush=True)
