@@ -65,8 +65,8 @@ def is_md5(url):
     bucket, key = storage.parse(url)
     with storage.translate_errors(url):
         head = storage.client(bucket).head_object(Bucket=bucket, Key=key)
-    kms = "kms" in head.get("ServerSideEncryption", "") or "SSECustomerAlgorithm" in head
-    return len(head["ETag"].strip('"')) == 32 and not kms
+    encrypted = "SSECustomerAlgorithm" in head or "kms" in head.get("ServerSideEncryption", "")
+    return len(head["ETag"].strip('"')) == 32 and not encrypted
 
 def put_verified(url, parts):
     """Put an object of parts of bytes, of which only the last may be smaller than PART."""
@@ -105,24 +105,24 @@ class Packing:
 
     def write(self, number):
         """Write a shard and its piece of the index, if they are not there; where its images are."""
-        shard, piece, places = self.names[number], f"index/{number:06}.json", []
-        if shard in self.there and piece in self.there:
-            return self.check(json.loads(images.fetch(f"{self.packed_url}/{piece}")))["places"]
-        first = sum(map(len, self.shards[:number]))
+        shard, piece, places = self.names[number], f"{self.packed_url}/index/{number:06}.json", []
+        if {shard, f"index/{number:06}.json"} <= self.there.keys():
+            return self.check(json.loads(images.fetch(piece)))["places"]
         with ThreadPoolExecutor(images.THREADS // SHARDS) as pool:
-            put_verified(f"{self.packed_url}/{shard}", make_tar(self.fetch(self.shards[number], pool), first, places))
-        put_verified(f"{self.packed_url}/{piece}", [json.dumps({**self.plan, "places": places}).encode()])
+            tar = make_tar(self.fetch(self.shards[number], pool), sum(map(len, self.shards[:number])), places)
+            put_verified(f"{self.packed_url}/{shard}", tar)
+        put_verified(piece, [json.dumps({**self.plan, "places": places}).encode()])
         return places
 
     def fetch(self, numbers, pool):
-        """(name, class index, bytes) of images, some at a time."""
-        some = np.cumsum(self.table.sizes[numbers]) // PART
-        for chunk in np.split(numbers, np.flatnonzero(np.diff(some)) + 1):
-            yield from pool.map(self.fetch_one, chunk)
+        """(name, class index, bytes) of images, a part's worth at a time."""
+        def fetch_one(i):
+            name, version = self.table.name(i), self.table.versions[i].tobytes()
+            return name, self.table.targets[i], fetch_verified(f"{self.url}/{name}", self.table.sizes[i], version)
 
-    def fetch_one(self, i):
-        name, version = self.table.name(i), self.table.versions[i].tobytes()
-        return name, self.table.targets[i], fetch_verified(f"{self.url}/{name}", self.table.sizes[i], version)
+        parts = np.cumsum(self.table.sizes[numbers]) // PART
+        for chunk in np.split(numbers, np.flatnonzero(np.diff(parts)) + 1):
+            yield from pool.map(fetch_one, chunk)
 
     def check(self, record):
         """The record, if it is of these images and settings. Raises StorageError otherwise."""
@@ -133,19 +133,17 @@ class Packing:
 
 def write_shards(packing):
     """Write the shards that are not there, and the index."""
-    table, shards = packing.table, packing.shards
-    places, firsts, crc32s = (np.zeros(len(table.sizes), kind) for kind in (np.int32, np.int64, ">u4"))
+    places, firsts, crc32s = (np.zeros(len(packing.table.sizes), kind) for kind in (np.int32, np.int64, ">u4"))
     with storage.progress(len(places), f"packing {packing.url}", "image") as bar, ThreadPoolExecutor(SHARDS) as pool:
-        for number, found in enumerate(pool.map(packing.write, range(len(shards)))):
-            places[shards[number]] = number
-            firsts[shards[number]], crc32s[shards[number]] = np.array(found).T
+        for number, found in enumerate(pool.map(packing.write, range(len(packing.shards)))):
+            which = packing.shards[number]
+            places[which], (firsts[which], crc32s[which]) = number, np.array(found).T
             bar.update(len(found))
     for name in {name for name in packing.there if name.startswith("shard-")} - {*packing.names}:
         storage.delete(f"{packing.packed_url}/{name}")  # cut off with other settings: WebDataset would read it, too
-    about = {**packing.plan, "classes": table.about["classes"], "shards": packing.names, "ignored": 0}
-    versions = crc32s.view(np.uint8).reshape(-1, 4)
-    index = table.replace(about, places=places, firsts=firsts, versions=versions).to_bytes()
-    put_verified(f"{packing.packed_url}/{catalog.INDEX}", [index])
+    about = {**packing.table.about, **packing.plan, "shards": packing.names, "ignored": 0}
+    index = packing.table.replace(about, places=places, firsts=firsts, versions=crc32s.view(np.uint8).reshape(-1, 4))
+    put_verified(f"{packing.packed_url}/{catalog.INDEX}", [index.to_bytes()])
 
 def pack(url, packed_url=None, shard_bytes=64 * 2**20, seed=0):
     """Write the images of class folders as tar shards with an index, which `S3ImageFolder` reads like the folders.
