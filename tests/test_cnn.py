@@ -5,10 +5,14 @@ import csv
 import hashlib
 import http.server
 import io
+import os
 import re
 import socket
 import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from html import escape
+from pathlib import Path
 
 import cv2
 import nbformat
@@ -23,6 +27,7 @@ from helpers import experiment, images, storage
 from helpers.chapters import cnn
 from servers.embedded import connected
 
+PHOTOS = Path(os.environ.get("PHOTOS_ZIP", storage.REPOSITORY.parent / "shared/datasets/photos5.zip"))
 NORMAL = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
 
@@ -44,9 +49,9 @@ def server(tmp_path_factory):
         yield
 
 
-def read(part, config, batch_size=4):
+def read(part, config, batch_size=4, dataset="hours"):
     decode, transform = cnn.preprocess(config)
-    return images.loader(images.S3ImageFolder(f"s3://pictures/hours/{part}", transform, loader=decode), batch_size)
+    return images.loader(images.S3ImageFolder(f"s3://pictures/{dataset}/{part}", transform, loader=decode), batch_size)
 
 
 @pytest.mark.parametrize("architecture, size", [("small_cnn", 16), ("small_cnn", 33), ("efficientnet_lite0", 32),
@@ -103,6 +108,21 @@ def test_a_saved_model_is_a_pretrained_one_for_other_classes_but_not_for_another
     assert torch.equal(new[0][0].weight, model[0][0].weight)
     with pytest.raises(ValueError, match="small_cnn, not resnet18"):
         cnn.load_pretrained("resnet18", 2, *experiment.load_model(url))
+
+
+@pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")
+def test_ten_real_photos_a_class_are_enough_for_a_new_head():
+    with zipfile.ZipFile(PHOTOS) as photos, ThreadPoolExecutor(32) as pool:
+        for name in (names := [name for name in photos.namelist() if name.endswith(".jpg")]):
+            part, label = name.split("/")[-1], name.split("/")[-2]
+            number = int(re.search(r"\d+", part)[0])
+            for folder, wanted in ("ten", "train" in part and number < 10), ("test", "test" in part):
+                if wanted:
+                    pool.submit(storage.write, f"s3://pictures/photos/{folder}/{label}/{part}", photos.read(name))
+    torch.manual_seed(0)
+    model, config = cnn.load_pretrained("efficientnet_lite0", 5, *cnn.imagenet_weights("efficientnet_lite0", "pictures"), 112)
+    history = cnn.train_head(model, read("ten", config, 64, "photos"), read("test", config, 64, "photos"))
+    assert len(names) == 1800 and history[-1]["val_accuracy"] >= 0.6, "0.73 is usual"
 
 
 @contextlib.contextmanager
