@@ -120,7 +120,8 @@ def test_ten_real_photos_a_class_are_enough_for_a_new_head():
                 if wanted:
                     pool.submit(storage.write, f"s3://pictures/photos/{folder}/{label}/{part}", photos.read(name))
     torch.manual_seed(0)
-    model, config = cnn.load_pretrained("efficientnet_lite0", 5, *cnn.imagenet_weights("efficientnet_lite0", "pictures"), 112)
+    weights = cnn.imagenet_weights("efficientnet_lite0", "pictures")
+    model, config = cnn.load_pretrained("efficientnet_lite0", 5, *weights, 112)
     history = cnn.train_head(model, read("ten", config, 64, "photos"), read("test", config, 64, "photos"))
     assert len(names) == 1800 and history[-1]["val_accuracy"] >= 0.6, "0.73 is usual"
 
@@ -162,9 +163,9 @@ def test_imagenets_weights_come_from_the_network_then_the_bucket(tmp_path, monke
 
 def test_offline_the_weights_are_one_sentence_and_no_long_wait(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers: torch alone would wait for ever
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, never answers: torch would wait for ever
         redirect(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}/resnet18-00000000.pth")
-        with pytest.raises(storage.StorageError, match="resnet18.*neither in the bucket.*cannot be reached.*notebook 02"):
+        with pytest.raises(storage.StorageError, match="resnet18.*in the bucket.*cannot be reached.*notebook 02"):
             cnn.imagenet_weights("resnet18", "pictures")
 
 
@@ -185,7 +186,8 @@ def test_02_fine_tunes_and_03_predicts_any_picture(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     expected = {folder / "noon.webp": ("day", picture(180, 1, ".webp", (90, 50, 3))),
-                folder / "midnight.jpg": ("night", picture(10, 2, ".jpg")), folder / "dusk": ("night", picture(10, 3, ".bmp"))}
+                folder / "midnight.jpg": ("night", picture(10, 2, ".jpg")),
+                folder / "dusk": ("night", picture(10, 3, ".bmp"))}
     for path, (_, data) in expected.items():
         path.write_bytes(data)
     (folder / "notes.txt").write_text("no picture")
@@ -205,10 +207,10 @@ def test_02_fine_tunes_and_03_predicts_any_picture(tmp_path):
 def test_a_class_name_that_is_html_stays_text_in_the_table_of_03():
     names = ["<img src=x onerror=alert(1)>", "[a](javascript:b) | *c*", "leaf_spot"]
     page = nbformat.read(storage.REPOSITORY / "notebooks/03_inference_from_s3.ipynb", 4)
-    code = "\n".join(cell.source for cell in page.cells if "| class |" in cell.source or cell.source.startswith("import"))
+    cells = [cell.source for cell in page.cells if "| class |" in cell.source or cell.source.startswith("import")]
     made = {"classes": names, "predictions": torch.tensor([0, 1, 2]), "targets": torch.tensor([0, 1, 2]),
             "count": {"num_classes": 3}}
-    exec(code.replace("Markdown(table)", "shown = Markdown(table)"), made)
+    exec("\n".join(cells).replace("Markdown(table)", "shown = Markdown(table)"), made)
     html = markdown2html(made["shown"].data)
     assert "<img" not in html and "<a" not in html and "<em>" not in html
     assert re.findall("<td[^>]*>(.*?)</td>", html)[::5] == [escape(name, quote=False) for name in names]
