@@ -80,7 +80,7 @@ def small(tmp_path_factory):
     with zipfile.ZipFile(ROOT / "data_samples/leaves.zip") as leaves, zipfile.ZipFile(path, "w") as some:
         for name in leaves.namelist()[::6]:
             some.writestr(leaves.getinfo(name), leaves.read(name))
-    return {"dataset_zip": str(path), "epochs": 2}
+    return {"dataset_zip": str(path), "epochs": 2, "transfer": ""}
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +131,13 @@ def test_from_a_zip_to_predictions(server, request, tmp_path, bucket, small):
     environment = request.getfixturevalue(f"{server}_env")
     with connected(environment):
         before = on_disk()
-        options = {"embedded": {}, "ceph": dict(small, epochs=1, num_workers=2)}[server]
+        options = {"embedded": {"transfer": ""}, "ceph": dict(small, epochs=1, num_workers=2)}[server]
         results = execute("01 02 03", tmp_path, bucket=bucket, **options)
         for rate in ("train_images_per_second", "loader_images_per_second", "loader_speedup_over_naive"):
             assert results[rate] > 0
         assert results["classes"] == 5 and results["test"] == results["images"] > 0
         assert results["objects"] == 2 * sum(results[part] for part in ("train", "val", "test")) + 1
-        if server == "embedded":  # with the parameters as they stand
+        if server == "embedded":  # with the parameters as they stand, but for the section on transfer learning
             assert (results["objects"], results["train"], results["val"], results["test"]) == (1201, 420, 90, 90)
             assert min(results["val_accuracy"], results["test_accuracy"], results["test_macro_f1"]) > 0.75
             assert results["loader_speedup_over_naive"] > 1.5, "six times is usual"
@@ -183,7 +183,7 @@ def test_each_notebook_alone_says_which_one_it_needs(embedded, tmp_path, bucket)
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")
 def test_real_photos(embedded, tmp_path, bucket):
     results = execute("01 02 03", tmp_path, bucket=bucket, dataset_zip=str(PHOTOS), dataset="photos",
-                      model_url=f"s3://{bucket}/models/photos", image_size=32)
+                      model_url=f"s3://{bucket}/models/photos", image_size=32, transfer="")
     assert (results["train"], results["val"], results["test"]) == (1260, 270, 270)
     assert results["test_accuracy"] >= 0.65
 
@@ -223,9 +223,9 @@ def test_a_server_that_fails_all_the_time_and_kernels_killed_in_the_middle(embed
         kill_at(proxy, "PUT .*/train/", 36, "01", tmp_path, **data)
         assert 0 < sum("/train/" in name for name in storage.objects(f"s3://{bucket}")) < 70
         execute("01", tmp_path, **data)
-        kill_at(proxy, "PUT .*/checkpoints/", 3, "02", tmp_path, bucket=bucket, epochs=2)
+        kill_at(proxy, "PUT .*/checkpoints/", 3, "02", tmp_path, bucket=bucket, epochs=2, transfer="")
         names = storage.objects(f"s3://{bucket}")
         assert any("/checkpoints/step_" in name for name in names) and not any("models/" in name for name in names)
-        execute("02 03", tmp_path, bucket=bucket, epochs=2)
+        execute("02 03", tmp_path, bucket=bucket, epochs=2, transfer="")
         assert min(proxy.slow_downs, proxy.resets, proxy.truncations, proxy.copies_refused) > 5
         assert contents(bucket) == whole.contents

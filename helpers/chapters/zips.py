@@ -2,6 +2,7 @@
 
 """Unpack a zip of class folders into a bucket, without trusting it, and split them into train, val and test."""
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -32,12 +33,6 @@ def compute_etags(source):
         parts.append(hashlib.md5(chunk, usedforsecurity=False).digest())
     return whole.hexdigest(), f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
-def has_content(bucket, key, item, etags):
-    """Whether an object has the content of these ETags. item: of storage.objects."""
-    if (item["e_tag"] or "").strip('"') in etags:
-        return True
-    return storage.client(bucket).head_object(Bucket=bucket, Key=key)["Metadata"].get("md5") == etags[0]
-
 IN_PARTS = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=8)
 IN_PARTS.max_in_memory_upload_chunks = 8  # boto3 leaves it at 10
 
@@ -48,7 +43,9 @@ def put_file(bucket, key, size, open_source, old, report):
     with open_source() as source:
         content = io.BytesIO(source.read()) if size <= PART else source
         etags = compute_etags(content)
-    if old and old["size"] == size and has_content(bucket, key, old, etags):
+    if old and old["size"] == size and (
+            (old["e_tag"] or "").strip('"') in etags
+            or s3.head_object(Bucket=bucket, Key=key)["Metadata"].get("md5") == etags[0]):
         report(size)
         return "skipped"
     if size <= PART:  # upload_fileobj takes twice as long for these
@@ -83,10 +80,9 @@ def upload(source, url):
     source = Path(source).expanduser()
     if not source.exists():
         raise StorageError(f"There is no {source}: check the path.")
-    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    root = source if source.is_dir() else source.parent
+    root, found = (source, source.rglob("*")) if source.is_dir() else (source.parent, [source])
     return put_all([(path.relative_to(root).as_posix(), path.stat().st_size, functools.partial(open, path, "rb"))
-                    for path in files], url, f"uploading {source.name}")
+                    for path in sorted(found) if path.is_file()], url, f"uploading {source.name}")
 
 def check_member(archive, info, max_ratio=100):
     """Raise StorageError for a member that leaves the folder, is encrypted, or grows over `max_ratio` times."""
@@ -147,36 +143,32 @@ def open_zip(archive):
     """The bytes of a zip at a path or any fsspec URL, as a file to read and seek in, and the ZipFile over it."""
     with storage.open_filesystem(archive) as (filesystem, path):
         file = filesystem.open(path, "rb", block_size=2**23, cache_type="blockcache", cache_options={"maxblocks": 4})
-        try:
+        with contextlib.suppress(zipfile.BadZipFile):
             return file, zipfile.ZipFile(file)
-        except BaseException as error:
-            file.close()
-            if not isinstance(error, zipfile.BadZipFile):
-                raise
-            raise StorageError(f"{archive} is not a zip file, or it is cut off: download or make it again.") from None
+        file.close()
+    raise StorageError(f"{archive} is not a zip file, or it is cut off: download or make it again.")
 
 def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
     """Put the files of a zip of class folders into a bucket, streamed: nothing goes to the disk, memory stays small.
 
-    archive: path or any fsspec URL. url: s3://bucket/dataset, which gets raw/{class}/… or, if the zip is split already,
-    {train,val,test}/{class}/…. Returns {"layout": "classes" | "split", "uploaded": n, "skipped": n, "ignored": n};
-    skipped is what is there unchanged. Raises StorageError, before anything is put, for a zip that is refused.
+    archive: path or any fsspec URL. url: s3://bucket/dataset, which gets raw/{class}/… or, of a split zip, train/{class}/…
+    Returns {"layout": "classes" | "split", "uploaded": n, "skipped": n, "ignored": n}; skipped: there unchanged. Raises
+    StorageError, before anything is put, for a zip that is refused.
     """
     file, zipped = open_zip(archive)
     with file, zipped:
         members, ignored = list_members(archive, zipped, max_bytes, max_ratio)
         layout, named = recognise_layout(archive, members)
         ignored["files outside class folders"] = len(members) - len(named)
-        print(f"{Path(archive).name} {'is split already' if layout == 'split' else 'has class folders'}: "
-              f"{len(named):,} files, ignored: "
-              + (", ".join(f"{count} {kind}" for kind, count in ignored.items() if count) or "nothing"))
-        counts = put_all([(name, info.file_size, functools.partial(zipped.open, info))
-                                  for name, info in named.items()], url, f"unzipping {Path(archive).name}")
+        left_out = ", ".join(f"{count} {kind}" for kind, count in ignored.items() if count) or "nothing"
+        print(f"{Path(archive).name} ({layout}): {len(named):,} files, ignored: {left_out}")
+        counts = put_all([(name, info.file_size, functools.partial(zipped.open, info)) for name, info in named.items()],
+                         url, f"unzipping {Path(archive).name}")
     return {"layout": layout, **counts, "ignored": ignored.total()}
 
 def share(count, ratios):
     """How many of `count` images go to train, val and test."""
-    train, val = round(count * ratios[0]), round(count * ratios[1])
+    train, val = (round(count * ratio) for ratio in ratios[:2])
     return train, val, count - train - val
 
 
@@ -204,8 +196,7 @@ def copy_objects(url, sources, description, done=0):
     client, refused = storage.client(bucket), []
 
     def copy(name):
-        source = {"Bucket": bucket, "Key": sources[name]}
-        target = {"Bucket": bucket, "Key": f"{prefix}/{name}".lstrip("/")}
+        source, target = ({"Bucket": bucket, "Key": key} for key in (sources[name], f"{prefix}/{name}".lstrip("/")))
         with storage.translate_errors(f"{url}/{name}"):
             if not refused:
                 try:
@@ -231,17 +222,15 @@ def keep_record(url, record, everything, plan):
         different = different or ["images"]
     if different:
         raise StorageError(f"{url} is split already, with other {' and '.join(different)}: to split it anew, "
-                                   f"first delete {url}/train, /val, /test and /split.json (storage.delete), or use "
-                                   "another name.")
+                           f"first delete {url}/train, /val, /test and /split.json (storage.delete), or use another name.")
     if not before:
         storage.write(f"{url}/split.json", json.dumps(record, indent=1).encode())
 
 @storage.run_in_first_process
 def split_classes(url, ratios=(0.7, 0.15, 0.15), seed=0):
-    """Copy the class folders of `url`/raw to `url`/train, /val and /test, each class in these ratios, shuffled by seed.
+    """Copy the class folders of `url`/raw to train, val and test: {"train": n, …}. Each class is shuffled by the seed.
 
-    Returns {"train": n, "val": n, "test": n}. A repetition changes nothing and completes what was cut off. Raises
-    StorageError for other ratios, another seed or other images than before.
+    Again, it completes what was cut off. Raises StorageError for other ratios, another seed, or other images.
     """
     if len(ratios) != 3 or min(ratios) <= 0 or abs(sum(ratios) - 1) > 1e-6:
         raise StorageError(f"The ratios of train, val and test must be above 0 and add up to 1, not {ratios}.")
@@ -250,9 +239,9 @@ def split_classes(url, ratios=(0.7, 0.15, 0.15), seed=0):
     if not raw:
         raise StorageError(f"There is nothing to split at {url}/raw: put class folders there (unzip does).")
     plan = {f"{part}/{name}": raw[name] for name, part in assign(raw, ratios, seed).items()}
-    content = "".join(f"{name} {item['e_tag']} {item['size']}\n" for name, item in raw.items())
-    images = hashlib.sha256(content.encode()).hexdigest()
-    keep_record(url, {"ratios": list(ratios), "seed": seed, "images": images}, everything, plan)
+    content = "".join(f"{name} {item['e_tag']} {item['size']}\n" for name, item in raw.items()).encode()
+    record = {"ratios": list(ratios), "seed": seed, "images": hashlib.sha256(content).hexdigest()}
+    keep_record(url, record, everything, plan)
     copies = {name: item["path"] for name, item in plan.items()
               if name not in everything or everything[name]["size"] != item["size"]}
     copy_objects(url, copies, f"splitting {url}", done=len(plan) - len(copies))
