@@ -70,10 +70,10 @@ class OwnKernel(AsyncKernelManager):
         return KernelSpecManager(kernel_dirs=[])  # no folders to search: ipykernel's own spec is left, sys.executable
 
 
-def run_papermill(notebook, target, parameters):
+def run_papermill(notebook, target, parameters, kernel=OwnKernel):
     """Execute a notebook in a kernel of this Python, with a bar in a terminal; without `target` nothing is kept."""
     papermill.execute_notebook(
-        notebook, target, parameters, kernel_name="python3", language="python", kernel_manager_class=OwnKernel,
+        notebook, target, parameters, kernel_name="python3", language="python", kernel_manager_class=kernel,
         extra_arguments=["--log-level=CRITICAL"],  # else kernels write into the progress bar
         cwd=storage.REPOSITORY / "notebooks" if "://" in str(notebook) else Path(notebook).resolve().parent,
         iopub_timeout=60,  # seconds a busy machine may take to deliver a cell's last output; the default is 4

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from helpers import run, storage
-from executed import BY_NUMBER, NOTEBOOKS, ROOT, execute
+from executed import BY_NUMBER, NOTEBOOKS, ROOT, execute, try_to_run
 from servers.embedded import connected
 from servers.fault_proxy import fault_proxy
 
@@ -112,7 +112,8 @@ def test_from_any_folder_and_by_any_tool_it_is_the_same(whole, moto_env, tmp_pat
         call(tmp_path, "pytest", "-p", "no:cacheprovider", "--nbmake", "02.ipynb", "03.ipynb")
         executed = nbformat.reads(storage.read(f"s3://{bucket}-notebooks/out.ipynb").decode(), as_version=4)
         assert run.read_results(executed)["train"] == 70
-        assert contents(bucket) == whole.contents
+        record = {"leaves/split.json": None}  # ETags of this server stand in it
+        assert contents(bucket) | record == whole.contents | record
 
 
 def test_helpers_are_found_beside_a_notebook_without_installing(tmp_path):
@@ -167,14 +168,14 @@ def test_a_local_folder_is_predicted_too_and_another_split_is_refused(embedded, 
 
     before = storage.objects(f"s3://{whole.bucket}/leaves")
     options = dict(bucket=whole.bucket, dataset_zip=small["dataset_zip"], split="80/10/10")
-    [outcome] = run.run_notebooks([BY_NUMBER["01"]], options, tmp_path / "again")
+    [outcome] = try_to_run("01", options, tmp_path / "again")
     assert outcome.status == "FAILED" and "is split already, with other ratios" in outcome.error
     assert storage.objects(f"s3://{whole.bucket}/leaves") == before  # nor is anything uploaded again
 
 
 def test_each_notebook_alone_says_which_one_it_needs(embedded, tmp_path, bucket):
     for number, needed in ("02", "01"), ("03", "02"), ("07", "05"):
-        [outcome] = run.run_notebooks([BY_NUMBER[number]], dict(bucket=bucket), tmp_path / number)
+        [outcome] = try_to_run(number, dict(bucket=bucket), tmp_path / number)
         assert outcome.status == "FAILED" and bucket in outcome.error
         assert f"make run NOTEBOOKS={needed}" in outcome.error
         storage.create_bucket(bucket)  # the first looks for data where there is no bucket
