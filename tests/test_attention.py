@@ -6,12 +6,10 @@ import json
 import re
 import shutil
 import subprocess
-import time
 
 import numpy as np
 import pytest
 import torch
-from matplotlib import font_manager
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
@@ -78,9 +76,6 @@ def inputs_of(module):
 def heads_of(x, heads):
     """(length, width) -> (heads, length, width of a head)."""
     return x.unflatten(-1, (heads, -1)).transpose(0, 1)
-
-
-# ------------------------------------------------------------------------------------------------------- collect
 
 
 @torch.no_grad()
@@ -200,11 +195,6 @@ def test_tokens_are_readable_in_any_script():
     tokens = attention.token_texts(of_bytes, of_bytes("a 日é")["input_ids"])
     assert tokens == ["a", " ", "日 1/3", "日 2/3", "日 3/3", "é 1/2", "é 2/2"]
 
-    backend = Tokenizer(models.Unigram([("<unk>", 0), ("▁hello", -1.0), ("▁", -2.0), ("日", -1.0), ("▁שלום", -1.0)], 0))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    pieces = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert attention.token_texts(pieces, pieces("hello שלום日")["input_ids"]) == [" hello", " שלום", "日"]
-
 
 def test_rollout_multiplies_through_the_layers_and_adds_what_passes_by():
     [example] = attention.collect(gpt2(), word_tokenizer(), ["a dog ran"])
@@ -220,9 +210,6 @@ def test_rollout_multiplies_through_the_layers_and_adds_what_passes_by():
     [example] = attention.collect(bart(), word_tokenizer(), [("a dog", "a cat")])
     with pytest.raises(ValueError, match="cross-attention"):
         attention.rollout(example)
-
-
-# ------------------------------------------------------------------------------------------------------ pictures
 
 
 def example_of(source, target=None, heads=1, seed=0):
@@ -251,7 +238,7 @@ def ink(pixels, x, y):
     return int((pixels[slice(*y), slice(*x)].sum(-1) < 300).sum())
 
 
-@pytest.mark.parametrize("tokens, heads", [(5, 1), (20, 1), (60, 1), (5, 6), (60, 3)])
+@pytest.mark.parametrize("tokens, heads", [(5, 6), (60, 1)])
 def test_a_pictures_cells_have_the_colours_of_the_weights(tokens, heads):
     words = [f"word{i}" for i in range(tokens)]
     example = example_of(words, heads=heads)
@@ -274,34 +261,6 @@ def test_a_pictures_cells_have_the_colours_of_the_weights(tokens, heads):
         assert ink(pixels, (0, left), (top + near[0], top + near[1])) > 20
         assert ink(pixels, (left + near[0], left + near[1]), (0, top)) > 20
     assert cell >= 15.9
-
-
-def test_five_hundred_heatmaps_take_less_than_a_minute(tmp_path):
-    examples = [example_of(LONG.split() * 2, seed=i) for i in range(11)]
-    attention.save(examples[:1], tmp_path)  # outlines are kept
-    start = time.process_time()
-    attention.save(examples[1:], tmp_path)
-    assert time.process_time() - start < 10 / 500 * 60
-
-
-def test_cropped_as_jupyter_does_it_is_the_same_picture():
-    example = example_of([f"word{i}" for i in range(5)], heads=2)
-    figure, boxes = attention.heatmap(example, example.weights[0]), []
-    for pixels in drawn(figure), drawn(figure, bbox_inches="tight"):
-        box = []
-        for part in pixels.min(-1) < 250, pixels.max(-1) < 50:  # all that is there; letters
-            rows, columns = part.any(1).nonzero()[0], part.any(0).nonzero()[0]
-            box += [rows[0], rows[-1], columns[0], columns[-1]]
-        boxes.append(np.subtract(box, [box[0]] * 2 + [box[2]] * 2 + [box[0]] * 2 + [box[2]] * 2))
-    assert np.abs(boxes[0] - boxes[1]).max() <= 1
-
-
-def test_the_scale_is_the_same_whatever_the_weights():
-    faint = example_of(list("abcd"))
-    faint.weights[0][:] = 0.25
-    figure = attention.heatmap(faint, faint.weights[0])
-    expected = np.array(attention.COLOURS(0.25)[:3]) * 255
-    assert np.abs(cells(figure, drawn(figure), figure.axes[0], 4, 4) - expected).max() <= 3
 
 
 def test_source_is_above_and_target_at_the_side():
@@ -327,39 +286,6 @@ def test_every_script_has_glyphs_or_numbers(tmp_path):
     assert dollars > 2.5 * other  # no formula
 
 
-def test_an_installed_font_that_has_the_glyph_is_used(tmp_path):
-    builder = pytest.importorskip("fontTools.fontBuilder").FontBuilder(1000, isTTF=True)
-    pen = pytest.importorskip("fontTools.pens.ttGlyphPen").TTGlyphPen(None)
-    for i, point in enumerate([(0, 0), (0, 900), (900, 900), (900, 0)]):
-        (pen.lineTo if i else pen.moveTo)(point)
-    pen.closePath()
-    square, empty = pen.glyph(), pytest.importorskip("fontTools.pens.ttGlyphPen").TTGlyphPen(None).glyph()
-    builder.setupGlyphOrder([".notdef", "square"])
-    builder.setupCharacterMap({ord("日"): "square"})
-    builder.setupGlyf({".notdef": empty, "square": square})
-    builder.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
-    builder.setupHorizontalHeader(ascent=900, descent=0)
-    builder.setupNameTable({"familyName": "A Square", "styleName": "Regular"})
-    builder.setupOS2(usWeightClass=400)
-    builder.setupPost()
-    builder.save(tmp_path / "squares.ttf")
-    caches, manager = (attention.font_family, attention.characters, attention.outline), font_manager.fontManager
-    try:
-        manager.addfont(tmp_path / "squares.ttf")
-        for cache in caches:
-            cache.cache_clear()
-        assert attention.font_family("日") == "A Square" and attention.label("日") == "日"
-        outline = attention.outline("i日", 1)
-        assert {0.0, 0.9} <= {round(y, 2) for y in outline.vertices[-5:, 1]}  # the square, after the i
-    finally:
-        manager.ttflist = [entry for entry in manager.ttflist if entry.name != "A Square"]
-        for cache in caches:
-            cache.cache_clear()
-
-
-# --------------------------------------------------------------------------------------------------- interactive
-
-
 NASTY = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a & \"b\" 'c'", "\u2028", "日", "שלום"]
 
 
@@ -374,9 +300,12 @@ def test_html_is_self_contained_and_safe_and_has_all_weights():
     page = view._repr_html_()
     assert page == view.data
     assert set(re.findall(r"https?://[^\"\s]+", page)) == {"http://www.w3.org/2000/svg"}  # a name, not fetched
-    code = re.sub("const data = .*", "", page)
+    picture = re.search(r'<img alt="[\w ]+" src="data:image/png;base64,([\w+/=]+)">', page)  # where no script may run
+    first = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture[1]))).convert("RGB"))
+    assert (first == drawn(attention.heatmap(examples[0], attention.mean(examples[0])))).all()
+    code = re.sub("const data = .*", "", page.replace(picture[0], ""))
     assert not re.search(r"\b(src|href)=|import |require|fetch\(|innerHTML|document\.write", code)
-    assert len(re.findall("<script", page)) == len(re.findall("</script", page)) == 1 and "<img" not in page
+    assert len(re.findall("<script", page)) == len(re.findall("</script", page)) == 1 and "<img" not in code
 
     data = page_data(page)
     assert [shown["source"] for shown in data["examples"]] == [example.source for example in examples]
@@ -452,9 +381,6 @@ def test_html_shows_what_is_picked_and_pointed_at():
     assert third["said"].startswith("“<b>” looks at “␣”") and same(third, other.weights[0].mean(0))
 
 
-# ----------------------------------------------------------------------------------------------------- in a run
-
-
 def trained(url, epochs=2, callbacks=True, **options):
     """The model and its loop, with a Heatmaps callback on TEXTS, or without."""
     model, tokenizer = gpt2(), word_tokenizer()
@@ -479,10 +405,9 @@ def test_heatmaps_of_every_text_in_the_runs_folder(where, tmp_path, embedded_env
             pixels = np.asarray(Image.open(io.BytesIO(storage.read(f"{run.url}/attention/epoch_002/{i:05}.png"))))
             figure = attention.heatmap(example, attention.mean(example))
             assert np.abs(pixels[..., :3].astype(int) - drawn(figure)).max() <= 2
-        attention.save(examples, f"{run.url}/after", lambda example: example.weights[0], "pdf")  # after the fact
+        attention.save(examples, f"{run.url}/after", lambda example: example.weights[0])  # after the fact
         assert "5/5" in capsys.readouterr().out
-        assert storage.list_files(f"{run.url}/after") == [f"{i:05}.pdf" for i in range(5)]
-        assert all(storage.read(f"{run.url}/after/{i:05}.pdf").startswith(b"%PDF") for i in range(5))
+        assert storage.list_files(f"{run.url}/after") == [f"{i:05}.png" for i in range(5)]
 
 
 def test_training_is_the_same_with_heatmaps(tmp_path):

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import math
+import re
 import secrets
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -41,18 +42,17 @@ class Example:
     layers: list
     residuals: tuple = ()
 
-def no_weights(model):
-    return ValueError(f"{type(model).__name__} gives no attention weights: collect takes a model of transformers that "
-                      "has attention, or one with attention_layers, such as ConveRT.")
+NO_WEIGHTS = ("{0.__class__.__name__} gives no attention weights: collect takes a model of transformers that has "
+              "attention, or one with attention_layers, such as ConveRT.")
 
 
 @contextmanager
 def eager_attention(model):
     """Have a model of transformers compute its attention step by step. Raises ValueError for any other model."""
     if not hasattr(model, "set_attn_implementation"):
-        raise no_weights(model)
-    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "set_attn_implementation")}
-    before = [(config, config._attn_implementation) for config in configs.values()]  # the outermost first
+        raise ValueError(NO_WEIGHTS.format(model))
+    configs = [part.config for part in model.modules() if hasattr(part, "set_attn_implementation")]
+    before = [(config, config._attn_implementation) for config in configs]  # the outermost first
     try:
         model.set_attn_implementation("eager")
         yield
@@ -61,21 +61,17 @@ def eager_attention(model):
             config._attn_implementation = implementation
 
 def read_weights(model, source, target=None):
-    """The weights for ids (texts, length): for each layer (texts, heads, target, source), on the model's device.
-
-    With target ids, the cross-attention of an encoder-decoder. Raises ValueError for a model without attention.
-    """
+    """The weights (texts, heads, target, source) of each layer for ids (texts, length). Raises ValueError without any."""
     labels = {} if target is None else {"labels": target}  # the model makes the decoder's input from them
     outputs = model(input_ids=source, **labels, output_attentions=True, return_dict=True)
     weights = getattr(outputs, "attentions" if target is None else "cross_attentions", None)
     if not weights or any(layer is None for layer in weights):
-        raise no_weights(model)
+        raise ValueError(NO_WEIGHTS.format(model))
     return weights
 
 def encode(model, tokenizer, text):
-    """The ids of a text: [source], or [source, target] for an encoder-decoder.
+    """The ids of a text: [source], or [source, target] for an encoder-decoder, of a pair or as the model writes it.
 
-    text: a string, or a pair (source, target) for an encoder-decoder, which otherwise writes the target itself.
     Raises ValueError for a pair where the model takes none.
     """
     cross = model.config.is_encoder_decoder
@@ -110,10 +106,9 @@ BATCH = 32  # texts of one length together
 
 
 def read_rows(rows, read, device):
-    """The weights of many texts: for each text a list of arrays (heads, target, source), float32, one for each layer.
+    """For each text a list of its layers' weights (heads, target, source), float32. Raises ValueError without tokens.
 
-    rows: ids, for each text [source] or [source, target]. read: a function of such ids in a batch, like `read_weights`
-    without its model. Raises ValueError for a text without tokens.
+    rows: for each text [ids of the source] or [source, target]; read: a function of such ids of a batch of texts.
     """
     groups, weights = defaultdict(list), [None] * len(rows)
     for i, row in enumerate(rows):
@@ -132,9 +127,8 @@ def collect(model, tokenizer, texts):
     """A list of `Example`: what a model looks at in each text, without padding and dropout, on the CPU.
 
     model: one of transformers with its tokenizer, or one with `attention_layers`, such as ConveRT, which has its own.
-    texts: strings, cut to what the model can take; for an encoder-decoder also pairs (source, target). One string will
-    do. Afterwards the model is as it was before. Raises ValueError for a model without attention, for a text without
-    tokens, and for a pair where the model is no encoder-decoder.
+    texts: one or many, cut to what the model can take; for an encoder-decoder also pairs (source, target).
+    Raises ValueError for a model without attention, a text without tokens, and a pair for any other model.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     collect_from = collect_convert if hasattr(model, "attention_layers") else collect_transformers
@@ -151,13 +145,10 @@ def collect_transformers(model, tokenizer, texts):
     with eager_attention(model):
         rows = [encode(model, tokenizer, text) for text in texts]
         weights = read_rows(rows, functools.partial(read_weights, model), model.device)
-    examples = []
-    for row, layers in zip(rows, weights):
-        tokens = [token_texts(tokenizer, ids) for ids in row]
-        names = [f"layer {number}" for number in range(1, len(layers) + 1)]
-        residuals = () if model.config.is_encoder_decoder else (True,) * len(layers)
-        examples.append(Example(tokens[0], tokens[-1], layers, names, residuals))
-    return examples
+    names = [f"layer {number}" for number in range(1, len((weights or [[]])[0]) + 1)]
+    residuals = () if model.config.is_encoder_decoder else (True,) * len(names)
+    tokens = [[token_texts(tokenizer, ids) for ids in row] for row in rows]
+    return [Example(each[0], each[-1], layers, names, residuals) for each, layers in zip(tokens, weights)]
 
 def mean(example, layer=None):
     """The mean over the heads of a layer, or over all heads of all layers: (target, source)."""
@@ -183,20 +174,14 @@ COLOURS = matplotlib.colormaps["viridis"].with_extremes(bad="0.9")  # grey where
 LABEL = 16  # characters of a token that are shown
 
 
-@functools.cache
-def characters(path):
-    """The numbers of the characters that a font file has."""
-    return font_manager.get_font(path).get_charmap().keys()
-
 
 @functools.cache
 def font_family(char):
     """The first font that has a character, DejaVu Sans or else one installed here; None if there is none."""
-    fonts = sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name != "DejaVu Sans", font.name))
-    for font in fonts:
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name != "DejaVu Sans", font.name)):
         regular = font.style == "normal" and font.weight in (400, "normal", "regular")
         formulas = font.name != "DejaVu Sans" and font.fname.startswith(matplotlib.get_data_path())
-        if regular and not formulas and ord(char) in characters(font.fname):
+        if regular and not formulas and ord(char) in font_manager.get_font(font.fname).get_charmap():
             return font.name
 
 def label(token):
@@ -263,33 +248,31 @@ def heatmap(example, weights, titles=None):
     draw_panel(figure, np.linspace(1, 0, 256)[:, None], numbers, width - 0.5, height - top - length, 0.12, length)
     return figure
 
-def draw_and_write(examples, url, view, format):
+def png(figure):
+    """A figure as the bytes of a PNG."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", pil_kwargs={"compress_level": 1})
+    return image.getvalue()
+
+
+def draw_and_write(examples, url, view):
     """Write heatmaps to {url}/00000.png, … while drawing the next ones; yield the number drawn so far."""
-    options = {"pil_kwargs": {"compress_level": 1}} if format == "png" else {}
     with ThreadPoolExecutor(storage.THREADS) as threads:
         writes = []
         for i, example in enumerate(examples):
-            image = io.BytesIO()
-            heatmap(example, view(example)).savefig(image, format=format, **options)
-            writes.append(threads.submit(storage.write, f"{url}/{i:05}.{format}", image.getvalue()))
+            writes.append(threads.submit(storage.write, f"{url}/{i:05}.png", png(heatmap(example, view(example)))))
             yield i + 1
         for write in writes:
             write.result()  # raises the error if one could not be written
 
-def save(examples, url, view=mean, format="png"):
-    """Write heatmaps to {url}/00000.png, … at any fsspec URL, with a progress bar.
-
-    view: a function of an example that returns the weights to draw, such as rollout. format: png, pdf or svg.
-    """
+def save(examples, url, view=mean):
+    """Write heatmaps of what `view`, such as rollout, makes of each example to {url}/00000.png, … at any fsspec URL."""
     with storage.progress(len(examples), "drawing", "heatmap") as bar:
-        for _ in draw_and_write(examples, url, view, format):
+        for _ in draw_and_write(examples, url, view):
             bar.update()
 
 class Heatmaps(Callback):
-    """After each epoch, a heatmap of every text to {url}/epoch_001/00000.png, …, at any fsspec URL.
-
-    tokenizer and texts: as for `collect`. view: as for `save`.
-    """
+    """After each epoch, a heatmap of every text to {url}/epoch_001/00000.png, …; see `collect` and `save`."""
 
     def __init__(self, url, tokenizer, texts, view=mean):
         self.url, self.tokenizer, self.texts, self.view = url, tokenizer, texts, view
@@ -297,7 +280,7 @@ class Heatmaps(Callback):
     def after_epoch(self, loop):
         if loop.accelerator.is_main_process:
             examples = collect(loop.model, self.tokenizer, self.texts)
-            for number in draw_and_write(examples, f"{self.url}/epoch_{loop.epoch:03}", self.view, "png"):
+            for number in draw_and_write(examples, f"{self.url}/epoch_{loop.epoch:03}", self.view):
                 loop.bar.set_postfix_str(f"heatmap {number}/{len(examples)}")
 
 def layer_data(name, heads):
@@ -307,10 +290,7 @@ def layer_data(name, heads):
 
 
 def html(examples):
-    """Examples as interactive HTML for Jupyter and exported notebooks; its text, `.data`, is a page of its own.
-
-    It takes 2.7 bytes for each weight: 1.4 MB for 60 tokens in 12 layers of 12 heads.
-    """
+    """Examples as interactive HTML for Jupyter and exported notebooks; its text, `.data`, is a page of its own."""
     data = {"examples": [], "colours": [matplotlib.colors.to_hex(COLOURS(i)) for i in range(256)]}
     for example in examples:
         layers = dict(zip(example.layers, example.weights))
@@ -321,8 +301,10 @@ def html(examples):
         data["examples"].append({"source": example.source, "target": example.target,
                                  "layers": [layer_data(name, heads) for name, heads in layers.items()]})
     page = (storage.REPOSITORY / "helpers/attention.html").read_text(encoding="utf-8")
-    page = page.replace("NAME", f"attention-{secrets.token_hex(8)}")  # unique, even if shown twice in a notebook
-    return HTML(page.replace("DATA", json.dumps(data).replace("<", "\\u003c")))  # so no token can end the script
+    picture = base64.b64encode(png(heatmap(examples[0], mean(examples[0])))).decode()
+    parts = {"NAME": f"attention-{secrets.token_hex(8)}",  # unique, even if shown twice in a notebook
+             "PICTURE": picture, "DATA": json.dumps(data).replace("<", "\\u003c")}  # so no token can end the script
+    return HTML(re.sub("|".join(parts), lambda found: parts[found[0]], page))
 
 @contextmanager
 def recorded_weights(modules):
