@@ -218,14 +218,17 @@ class S3ImageFolder(Dataset):
         """Make requests one after the other: {index: the image's bytes, or the OSError that there was}."""
         received = {}
         for request in requests:
-            spans = [self.span(index) for index in request]
-            start, end = (spans[0].first, spans[-1].last) if self.shards else (0, None)  # an object may have grown
-            version = spans[0].version if "listed" in self.table.about else None
             try:
                 if storage.ended.is_set():
                     raise OSError("the program has ended")
-                data = fetch(spans[0].object, start, end, version)
-                parts = [data[span.first - start:span.last - start] for span in spans] if self.shards else [data]
+                if self.shards:
+                    spans = [self.span(index) for index in request]
+                    start = spans[0].first
+                    data = fetch(spans[0].object, start, spans[-1].last)
+                    parts = [data[span.first - start:span.last - start] for span in spans]
+                else:  # all of it, since an object may have grown
+                    version = self.table.versions[request[0]].tobytes() if "listed" in self.table.about else None
+                    parts = [fetch(self.url(request[0]), expected=version)]
             except OSError as error:
                 parts = [error] * len(request)
             received |= zip(request, parts)
@@ -238,11 +241,12 @@ class S3ImageFolder(Dataset):
         """The decoded image or, with on_error="skip", the next one of its class that can be read."""
         wanted = self.table.targets[index]
         for i in itertools.chain(range(index, len(self)), range(index)):
-            if self.table.targets[i] != wanted or (url := self.url(i)) in self.skipped:
+            if self.table.targets[i] != wanted or self.skipped and self.url(i) in self.skipped:
                 continue
             try:
                 return self.loader(self._read(i, future if i == index else None))
             except (OSError, ValueError) as error:
+                url = self.url(i)
                 reason = str(error) if url in str(error) else f"{url}: {error}"
                 if self.on_error == "raise":
                     raise storage.StorageError(reason) from None
@@ -254,7 +258,9 @@ class S3ImageFolder(Dataset):
         """The bytes of an image: from memory, from the local cache, or from the server by the request in the future."""
         if self._memory and index in self._memory:
             return self._memory[index]
-        url, span, cache = self.url(index), self.span(index), self._open_cache()
+        cache = self._open_cache()
+        if cache or self.shards:
+            url, span = self.url(index), self.span(index)
         if cache and (data := cache.get(url, span)) is not None:
             return data
         data = (future.result() if future else self._fetch([[index]]))[index]
