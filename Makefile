@@ -1,9 +1,9 @@
-# make setup | run | site | test | lab | bench | export | clean      (make run NOTEBOOKS="02 03" ARGS="-p epochs 3")
+# make setup | run | site | test | test-slow | lab | bench | export | clean      (make run NOTEBOOKS="02 03" ARGS="-p epochs 3")
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup run site test lab bench export clean lock
+.PHONY: setup run site test test-slow lab bench export clean lock
 
 setup: $(VENV)/installed
 
@@ -25,6 +25,10 @@ site: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What is large by nature: many objects, long soaks, real photos.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -181,6 +181,7 @@ def test_each_notebook_alone_says_which_one_it_needs(embedded, tmp_path, bucket)
         storage.create_bucket(bucket)  # the first looks for data where there is no bucket
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")
 def test_real_photos(embedded, tmp_path, bucket):
     results = execute("01 02 03", tmp_path, bucket=bucket, dataset_zip=str(PHOTOS), dataset="photos",

@@ -45,13 +45,8 @@ def torchrun_options(processes, nodes=1, node_rank=0, rendezvous=None):
     return [*place, f"--nproc-per-node={processes}", "--no-python"]
 
 
-def share_cores(processes):
-    cores = getattr(os, "process_cpu_count", os.cpu_count)()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
 def run_on_processes(notebook, target, parameters, **options):
-    """Like run_papermill, on several processes; options: of `torchrun_options`. Raises RunError with the first error."""
+    """Like run_papermill, on several processes; options: of `torchrun_options`. Raises RunError: the first error."""
     from torch.distributed import run as torchrun  # here: the processes, which import this module too, do without
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,11 +64,9 @@ def run_on_processes(notebook, target, parameters, **options):
             for number in (signal.SIGINT, signal.SIGTERM):  # torchrun leaves its own handlers
                 signal.signal(number, signal.default_int_handler)
 
-CHILD = """
-import json, sys
+CHILD = """import json, sys
 from helpers.chapters import processes
-processes.run_process(**json.loads(sys.argv[1]))
-"""
+processes.run_process(**json.loads(sys.argv[1]))"""
 
 
 def first_error(folder, rank, failure):
@@ -93,7 +86,8 @@ def choose_execution(given):
     from torch import cuda  # here: a plain run starts without PyTorch
 
     processes = given.processes or cuda.device_count() or 1
-    share_cores(processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // processes)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.disable()  # torchrun's own: the error is reported in one line
     execute = partial(run_on_processes, processes=processes, nodes=given.nodes, node_rank=given.node_rank,
                       rendezvous=given.rendezvous)

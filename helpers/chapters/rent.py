@@ -61,16 +61,15 @@ def check_reachable():
 def find_missing(machine):
     """What a machine names that the account does not have, such as ["key pair laptop"]."""
     ec2, iam = boto3.client("ec2"), boto3.client("iam")
-    wanted = [("image", machine.image_id, lambda name: ec2.describe_images(ImageIds=[name])),
-              ("instance profile", machine.instance_profile,
-               lambda name: iam.get_instance_profile(InstanceProfileName=name)),
-              ("key pair", machine.key_name, lambda name: ec2.describe_key_pairs(KeyNames=[name])),
-              ("security group", machine.security_group, lambda name: ec2.describe_security_groups(GroupIds=[name]))]
+    wanted = {"image": (machine.image_id, lambda name: ec2.describe_images(ImageIds=[name])),
+              "instance profile": (machine.instance_profile,
+                                   lambda name: iam.get_instance_profile(InstanceProfileName=name)),
+              "key pair": (machine.key_name, lambda name: ec2.describe_key_pairs(KeyNames=[name])),
+              "security group": (machine.security_group, lambda name: ec2.describe_security_groups(GroupIds=[name]))}
     missing = []
-    for kind, name, look_up in wanted:
+    for kind, (name, look_up) in wanted.items():
         try:
-            if name:
-                look_up(name)
+            name and look_up(name)
         except ClientError as error:
             code = error.response["Error"]["Code"]
             if re.search("NotFound|NoSuchEntity|Malformed", code):
@@ -81,17 +80,15 @@ def find_missing(machine):
 
 def bundle_source():
     """The tracked files of this project as the bytes of a tar.gz. Raises ValueError when one shows a secret."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=storage.REPOSITORY, stdout=subprocess.PIPE, text=True,
-                           check=True).stdout.split("\0")
+    names = subprocess.check_output(["git", "ls-files", "-z"], cwd=storage.REPOSITORY, text=True).split("\0")
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w:gz") as archive:
         for name in names:
             path = storage.REPOSITORY / name
-            if not path.is_file():  # deleted since
-                continue
-            if leaked := storage.redact(path.read_text(encoding="utf-8", errors="replace"))[1]:
-                raise ValueError(f"{name} shows {', '.join(sorted(leaked))}: remove it")
-            archive.add(path, name)
+            if path.is_file():  # not deleted since
+                if leaked := storage.redact(path.read_text(encoding="utf-8", errors="replace"))[1]:
+                    raise ValueError(f"{name} shows {', '.join(sorted(leaked))}: remove it")
+                archive.add(path, name)
     return data.getvalue()
 
 def store_job(bucket, name, prepared):
@@ -111,8 +108,8 @@ def make_user_data(job, name, max_hours, processes=0):
     """The script of a machine: what it is to do, and machine.sh, which does it."""
     run = ["run", f"{job}/{name}.ipynb", "--output", f"{job}/output", "--processes", str(processes)]
     passed = {variable: os.environ[variable] for variable in PASSED if os.environ.get(variable)}
-    passed |= {"AWS_ENDPOINT_URL_S3": storage.client().meta.endpoint_url, "JOB": job}
-    passed["MAX_SECONDS"] = str(max(1, round(max_hours * 3600)))
+    passed |= {"AWS_ENDPOINT_URL_S3": storage.client().meta.endpoint_url, "JOB": job,
+               "MAX_SECONDS": str(max(1, round(max_hours * 3600)))}
     lines = [f"export {variable}={shlex.quote(value)}" for variable, value in passed.items()]
     script = (storage.REPOSITORY / "helpers/machine.sh").read_text(encoding="utf-8")
     return "\n".join(["#!/bin/bash", *lines, f"set -- {shlex.join(run)}", script])
@@ -137,9 +134,8 @@ def make_request(machine, job, name, user_data):
 def submit(notebook, machine, parameters=None, processes=0, bucket="deep-learning"):
     """Rent a machine that installs this project, executes the notebook and terminates itself; returns its id.
 
-    It terminates however the notebook ends, and after machine.max_hours in any case. Everything about the job is in
-    s3://{bucket}/jobs/{notebook}/{time}: the executed notebook and its HTML (output/), log.txt and status.json.
-    processes: 0 is one for each GPU. Raises ValueError for what is missing or unknown, before anything is stored.
+    Everything about the job is in s3://{bucket}/jobs/{notebook}/{time}: the executed notebook and its HTML (output/),
+    log.txt, status.json. processes: 0 is one for each GPU. Raises ValueError for what is missing, before all else.
     """
     check_reachable()
     name, prepared = Path(str(notebook)).stem, prepare_notebook(str(notebook), parameters or {}, bucket)
@@ -152,28 +148,22 @@ def submit(notebook, machine, parameters=None, processes=0, bucket="deep-learnin
 
 def find_instances(instance_id=None):
     """What EC2 knows of our machines, the newest first, or of one; ValueError when it is not one of ours."""
-    filters = [{"Name": "tag:Project", "Values": [PROJECT]}]
-    if instance_id:
-        filters += [{"Name": "instance-id", "Values": [instance_id]}]
+    wanted = {"tag:Project": PROJECT} | ({"instance-id": instance_id} if instance_id else {})
+    filters = [{"Name": name, "Values": [value]} for name, value in wanted.items()]
     pages = boto3.client("ec2").get_paginator("describe_instances").paginate(Filters=filters)
     instances = [one for page in pages for group in page["Reservations"] for one in group["Instances"]]
     if instance_id and not instances:
         raise ValueError(f"{instance_id} is not a machine of this project")
     return sorted(instances, key=lambda one: one["LaunchTime"], reverse=True)
 
-
-def find_job(instance):
-    return next(tag["Value"] for tag in instance["Tags"] if tag["Key"] == "Job")
-
 def status(instance_id=None):
     """Our machines, or one, the newest first: [{"instance", "state", "type", "address", "launched", "job", "outcome"}].
 
-    outcome: {"state": "succeeded", "failed" or "timed out", "exit_code"}, None while it runs; of a machine that was
-    ended from outside, {"state": why, in EC2's words}.
+    outcome: {"state": "succeeded", "failed", "timed out" or EC2's words for why it ended, "exit_code"}; None: it runs.
     """
     rows = []
     for one in find_instances(instance_id):
-        job, state, outcome = find_job(one), one["State"]["Name"], None
+        [job], state, outcome = [tag["Value"] for tag in one["Tags"] if tag["Key"] == "Job"], one["State"]["Name"], None
         with suppress(storage.NotFound):
             outcome = json.loads(storage.read(f"{job}/status.json"))
         if outcome is None and state in ("shutting-down", "terminated"):
@@ -185,7 +175,7 @@ def status(instance_id=None):
 
 def logs(instance_id):
     """What a machine, or the one of a job's URL, printed until the last minute; before that, its console."""
-    job = instance_id if instance_id.startswith("s3://") else find_job(*find_instances(instance_id))
+    job = instance_id if instance_id.startswith("s3://") else status(instance_id)[0]["job"]
     try:
         return storage.read(f"{job}/log.txt").decode(errors="replace")
     except storage.NotFound:

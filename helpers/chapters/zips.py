@@ -151,7 +151,7 @@ def open_zip(archive):
 def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
     """Put the files of a zip of class folders into a bucket, streamed: nothing goes to the disk, memory stays small.
 
-    archive: path or any fsspec URL. url: s3://bucket/dataset, which gets raw/{class}/… or, of a split zip, train/{class}/…
+    archive: path or any fsspec URL. url: s3://bucket/dataset, which gets raw/{class}/…, of a split zip train/{class}/…
     Returns {"layout": "classes" | "split", "uploaded": n, "skipped": n, "ignored": n}; skipped: there unchanged. Raises
     StorageError, before anything is put, for a zip that is refused.
     """
@@ -222,7 +222,7 @@ def keep_record(url, record, everything, plan):
         different = different or ["images"]
     if different:
         raise StorageError(f"{url} is split already, with other {' and '.join(different)}: to split it anew, "
-                           f"first delete {url}/train, /val, /test and /split.json (storage.delete), or use another name.")
+                           f"first delete {url}/train, /val, /test and /split.json, or use another name.")
     if not before:
         storage.write(f"{url}/split.json", json.dumps(record, indent=1).encode())
 
