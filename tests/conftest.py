@@ -1,5 +1,6 @@
 """What several test files share: the servers, one of each for the whole run, and a single thread."""
 
+import functools
 import os
 import secrets
 import zipfile
@@ -7,12 +8,17 @@ import zipfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is there; kernels inherit it: the tests run on as many
 # processes as there are cores, and threads that wait for each other on a core take several times as long
 
+import botocore.loaders  # noqa: E402
+import botocore.session  # noqa: E402
 import pytest  # noqa: E402
 
 from helpers import storage  # noqa: E402
 from servers import ceph, moto  # noqa: E402
 from servers.embedded import connected  # noqa: E402
 
+
+# What AWS offers is read from its large files once, not at each connection, where it takes 0.2 s of the processor.
+botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)
 
 LONGEST = ("test_notebooks.py", "test_notebooks_models.py", "test_training_exact.py", "test_processes.py", "test_rent.py",
            "test_storage.py", "test_bot.py", "test_run.py", "test_convert.py")  # first, so that none is left for the end
