@@ -118,7 +118,7 @@ def test_cross_attention_is_the_decoders_over_the_encoders_tokens():
 def test_converts_windows_and_pooling():
     model = conversation_model()
     attentions = [*(block.attention for block in model.blocks), model.reduction]
-    kept = [inputs_of(each.project) for each in attentions]
+    kept = [inputs_of(each) for each in attentions]
     [example] = attention.collect(model, None, [LONG])
     length = len(example.source)
     assert "".join(example.source).strip() == LONG and example.source == example.target
