@@ -2,7 +2,6 @@
 
 import multiprocessing
 import re
-import time
 
 import pytest
 import torch
@@ -154,15 +153,14 @@ def test_loaders_with_workers_train_alike_and_leave_no_processes():
     assert len(set(multiprocessing.active_children()) - before) == 1
 
 
-def test_the_device_is_waited_for_a_few_times_a_second_only(monkeypatch):
+def test_the_device_is_waited_for_now_and_then_only(monkeypatch):
     waits, item = [], torch.Tensor.item
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: waits.append(1) or item(tensor))
     model = nn.Linear(4, 3)
     loop = TrainLoop(model, loader(TensorDataset(torch.randn(8 * 500, 4), torch.zeros(8 * 500, dtype=int))),
                      optimizer=torch.optim.SGD(model.parameters(), lr=0.01), criterion=nn.CrossEntropyLoss())
-    start = time.perf_counter()
     loop.fit(1)
-    assert len(waits) <= 4 + 4 * (time.perf_counter() - start)  # of 500 steps; the loader's seed, the epoch's row
+    assert len(waits) < 100  # of 500 steps; the loader's seed, the epoch's row, and the bar now and then
 
 
 def test_what_is_missing_for_training_is_named():
@@ -187,11 +185,8 @@ def test_evaluate_counts_every_sample_once_though_the_last_batch_is_smaller():
     assert found["accuracy"] == pytest.approx((outputs.argmax(1) == targets).float().mean().item())
     assert found["f1"] == pytest.approx(MulticlassF1Score(CLASSES)(outputs, targets).item())
     assert loop.evaluate(loader(dataset)) == found
-
-
-def test_evaluate_without_a_criterion_gives_the_metrics_alone():
-    loop = TrainLoop(network(), metrics={"accuracy": MulticlassAccuracy(CLASSES)})
-    assert list(loop.evaluate(loader(data()))) == ["accuracy"]
+    without_criterion = TrainLoop(loop.model, metrics={"accuracy": MulticlassAccuracy(CLASSES)})
+    assert list(without_criterion.evaluate(loader(dataset))) == ["accuracy"]
 
 
 def test_predict_gives_outputs_and_targets_in_the_order_of_the_loader():
@@ -274,12 +269,11 @@ class Stream(IterableDataset):
 def test_a_stream_without_a_length_trains_as_a_loader_with_one(length):
     models = []
     for dataset in Stream(data()), data():
-        model, loop = network(), None
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        loop = TrainLoop(model, DataLoader(dataset, 8), optimizer=optimizer, criterion=nn.CrossEntropyLoss())
+        models.append(network())
+        loop = TrainLoop(models[-1], DataLoader(dataset, 8), criterion=nn.CrossEntropyLoss(),
+                         optimizer=torch.optim.AdamW(models[-1].parameters(), lr=0.01))
         torch.manual_seed(1)
         loop.fit(**length)
-        models.append(model)
     assert same_weights(*models) and not same_weights(models[0], network())
 
 
@@ -362,17 +356,6 @@ def test_callbacks_run_by_their_order_and_then_as_given():
     assert pages[:3] == ["a before_fit 0", "c before_fit 0", "b before_fit 0"]
 
 
-def test_callbacks_find_what_they_need_at_the_loop():
-    class Look(Callback):
-        def after_step(self, loop):
-            assert loop.step_loss.ndim == 0 and loop.bar.total == 3 and loop.epoch == 1 and loop.history == []
-
-        def after_epoch(self, loop):
-            assert loop.history[-1]["val_loss"] > 0
-
-    make_loop().fit(1, [Look()])
-
-
 @pytest.mark.parametrize("cancel, rows", [
     ("before_fit 0", 0), ("before_epoch 2", 1), ("after_step 2", 1), ("after_epoch 2", 2)])
 def test_a_callback_that_cancels_ends_the_fit_in_good_order_and_it_can_go_on(cancel, rows):
@@ -407,12 +390,6 @@ def test_early_stopping_waits_for_something_better(monitor, values, epochs):
             loop.history[-1][monitor] = values[len(loop.history) - 1]
 
     assert len(make_loop(val=False).fit(6, [EarlyStopping(monitor, patience=2), Script()])) == epochs
-
-
-def test_early_stopping_lets_the_others_have_the_last_epoch():
-    pages = []
-    history = make_loop().fit(9, [EarlyStopping(patience=0), Diary(pages)])
-    assert len(history) == 1 and pages[-2:] == ["after_epoch 1", "after_fit 1"]
 
 
 def test_the_progress_bar_shows_epoch_loss_and_samples_per_second(capsys):
