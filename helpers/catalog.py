@@ -52,7 +52,7 @@ class MadeList(Sequence):
 
 
 class Table:
-    """What is known of a million images, in columns: 70 bytes an image, of which all processes share one copy.
+    """What is known of a million images, in columns: 60 bytes an image, of which all processes share one copy.
 
     names: UTF-8, a zero after each; starts: where each begins. targets: numbers in about["classes"]. sizes: bytes.
     versions: see Span. places, firsts, of a pack: numbers in about["shards"], and where in the shard an image begins.
@@ -69,8 +69,9 @@ class Table:
         return Table, (shared, self.about)
 
     def replace(self, about=None, **columns):
-        """Another table of the same images; columns: arrays."""
-        new = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+        """Another table of the same images; columns: arrays, which become of the smallest type that holds them."""
+        types = {name: np.min_scalar_type(column.max()) for name, column in columns.items()}
+        new = {name: torch.from_numpy(np.ascontiguousarray(column, types[name])) for name, column in columns.items()}
         return Table(self.columns | new, about or self.about)
 
     def name(self, index):
@@ -111,14 +112,11 @@ def list_images(url):
     numbers = {name: i for i, name in enumerate(classes)}
     names, sizes, versions = (bytearray().join(memoryview(buffer)[place[i]] for _, place in parts)
                               for i, buffer in enumerate(buffers))
-    sizes, names = np.frombuffer(sizes, np.int64), np.frombuffer(names, np.uint8)
-    columns = {
-        "names": names, "starts": np.concatenate([[0], np.flatnonzero(names == 0) + 1]), "sizes": sizes,
-        "targets": np.repeat([numbers[folder[0]] for folder, _ in parts],
-                             [(place[1].stop - place[1].start) // 8 for _, place in parts]).astype(np.int32),
-        "versions": np.frombuffer(versions, np.uint8).reshape(-1, 16)}
-    about = {"classes": classes, "shards": None, "ignored": others}
-    return Table({name: torch.from_numpy(column) for name, column in columns.items()}, about)
+    names, counts = np.frombuffer(names, np.uint8), [(place[1].stop - place[1].start) // 8 for _, place in parts]
+    return Table({}, {"classes": classes, "shards": None, "ignored": others}).replace(
+        names=names, starts=np.concatenate([[0], np.flatnonzero(names == 0) + 1]),
+        targets=np.repeat([numbers[folder[0]] for folder, _ in parts], counts),
+        sizes=np.frombuffer(sizes, np.int64), versions=np.frombuffer(versions, np.uint8).reshape(-1, 16))
 
 
 def version(file):

@@ -93,7 +93,7 @@ class S3ImageFolder(Dataset):
     batches of `images.loader` also say what comes after them, which is fetched meanwhile. What `pack` wrote is read as
     the folder it was made from, many images a request, and stays in memory up to 64 MB. A folder of which
     `catalog.write_index` has kept the list is not listed again. What is known of the images is in one memory for all
-    workers, 70 bytes an image; `samples` and `targets` are made of it as they are asked for.
+    workers, 60 bytes an image; `samples` and `targets` are made of it as they are asked for.
 
     on_error: "raise" a StorageError that names the object, or "skip": put the next image of the same class in its
         place, warn, and note it in `skipped` ({url: reason}; a worker's are its own, but its warnings are seen).
@@ -118,7 +118,8 @@ class S3ImageFolder(Dataset):
         if missing := ", ".join(name for name in self.classes if name not in found):
             warnings.warn(f"{self.root} has no images of: {missing}", stacklevel=2)
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
-        self.table = self.table.replace(targets=np.array([*map(self.class_to_idx.get, found)], np.int32)[self.table.targets])
+        if self.classes != found:
+            self.table = self.table.replace(targets=np.array([*map(self.class_to_idx.get, found)])[self.table.targets])
         small = self.shards and self.table.sizes.sum() <= WINDOW
         self._memory = {} if small else None  # {index: bytes}: a small pack stays there
 
@@ -222,10 +223,10 @@ class S3ImageFolder(Dataset):
                 if storage.ended.is_set():
                     raise OSError("the program has ended")
                 if self.shards:
-                    spans = [self.span(index) for index in request]
-                    start = spans[0].first
-                    data = fetch(spans[0].object, start, spans[-1].last)
-                    parts = [data[span.first - start:span.last - start] for span in spans]
+                    start, end = self.span(request[0]), self.span(request[-1])
+                    data = fetch(start.object, start.first, end.last)
+                    firsts = self.table.firsts[request].astype(int) - start.first
+                    parts = [data[first:last] for first, last in zip(firsts, firsts + self.table.sizes[request])]
                 else:  # all of it, since an object may have grown
                     version = self.table.versions[request[0]].tobytes() if "listed" in self.table.about else None
                     parts = [fetch(self.url(request[0]), expected=version)]
@@ -259,19 +260,18 @@ class S3ImageFolder(Dataset):
         if self._memory and index in self._memory:
             return self._memory[index]
         cache = self._open_cache()
-        if cache or self.shards:
-            url, span = self.url(index), self.span(index)
-        if cache and (data := cache.get(url, span)) is not None:
+        if cache and (data := cache.get(self.url(index), self.span(index))) is not None:
             return data
         data = (future.result() if future else self._fetch([[index]]))[index]
-        if self.shards and not isinstance(data, OSError) and crc32(data) != span.version:
-            data = storage.StorageError(f"{url} is damaged in {span.object}: delete {self.root} and pack it again.")
+        if self.shards and not isinstance(data, OSError) and crc32(data) != self.table.versions[index].tobytes():
+            data = storage.StorageError(f"{self.url(index)} is damaged in {self.span(index).object}: delete {self.root} "
+                                        "and pack it again.")
         if isinstance(data, OSError):
             raise data
         if self._memory is not None:
             self._memory[index] = data
         if cache:
-            cache.put(url, span, data)
+            cache.put(self.url(index), self.span(index), data)
         return data
 
     def _open_cache(self):
