@@ -488,14 +488,6 @@ def test_a_bucket_may_be_created_twice_and_is_listed(s3):
     assert name in storage.buckets() and sorted(storage.objects(s3)) == sorted(PETS)
 
 
-@ceph
-def test_somebody_elses_bucket_is_refused(s3, ceph_env):
-    name = storage.parse(s3)[0]
-    other_user(ceph_env)
-    with refused(name, "somebody else's", "another name"):
-        storage.create_bucket(name)
-
-
 @every
 def test_a_bucket_that_holds_objects_is_not_deleted(s3):
     put(s3, PETS)
@@ -847,11 +839,6 @@ def test_split_works_without_copy_and_says_so_once(s3, capsys):
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
-def other_user(env):
-    """Connect as Ceph's second user."""
-    connect(env, AWS_ACCESS_KEY_ID=env["OTHER_ACCESS_KEY_ID"], AWS_SECRET_ACCESS_KEY=env["OTHER_SECRET_ACCESS_KEY"])
-
-
 def get_with_boto3(url):
     with storage.translate_errors(url):
         bucket, key = storage.parse(url)
@@ -911,9 +898,10 @@ def test_what_is_missing_is_named(s3):
 
 
 @ceph
-def test_no_permission(s3, ceph_env):
+def test_what_belongs_to_somebody_else_is_refused(s3, ceph_env):
     put(s3, PETS)
-    other_user(ceph_env)
+    connect(ceph_env, AWS_ACCESS_KEY_ID=ceph_env["OTHER_ACCESS_KEY_ID"],
+            AWS_SECRET_ACCESS_KEY=ceph_env["OTHER_SECRET_ACCESS_KEY"])
     for act in (storage.objects, storage.delete, lambda url: zips.upload(__file__, url),
                 lambda url: zips.unzip(f"{url}/cats/1.png", url), *(
                     lambda url, get=get: get(f"{url}/cats/1.png") for get in GETS)):
@@ -921,6 +909,8 @@ def test_no_permission(s3, ceph_env):
             act(s3)
     with refused(s3, "No permission"), storage.translate_errors(s3):
         obstore.put(storage.store(storage.parse(s3)[0]), "a", b"x")
+    with refused(storage.parse(s3)[0], "somebody else's", "another name"):
+        storage.create_bucket(storage.parse(s3)[0])
     connect(ceph_env)
     assert content(s3) == digests(PETS)
 
