@@ -61,7 +61,7 @@ def eager_attention(model):
             config._attn_implementation = implementation
 
 def read_weights(model, source, target=None):
-    """The weights (texts, heads, target, source) of each layer for ids (texts, length). Raises ValueError without any."""
+    """The weights (texts, heads, target, source) of each layer for ids (texts, length); ValueError without."""
     labels = {} if target is None else {"labels": target}  # the model makes the decoder's input from them
     outputs = model(input_ids=source, **labels, output_attentions=True, return_dict=True)
     weights = getattr(outputs, "attentions" if target is None else "cross_attentions", None)

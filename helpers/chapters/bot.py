@@ -114,7 +114,7 @@ def cut(text, limit):
 
 
 def record(source, question, answer, asked=False):
-    """Keep a joke that is told now, and whether it answers a question; returns the Joke, by whose id there are votes."""
+    """Keep a joke that is told now, and whether it answers a question; returns the Joke, whose id takes votes."""
     with connection():
         question, answer = cut(question, LONGEST[0]), cut(answer, LONGEST[1])
         return Joke.create(source=source, asked=asked, question=question, answer=answer)
