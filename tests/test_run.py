@@ -141,6 +141,11 @@ def test_secrets_are_caught(finished):
     assert executed.startswith("***") and "http://host/?x=***" in executed
 
 
+def test_a_short_default_is_no_secret(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "minioadmin")
+    assert storage.redact("minioadmin is the default") == ("minioadmin is the default", set())
+
+
 def outputs_of(path: Path) -> str:
     """All that the cells printed or showed as text."""
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
