@@ -1,5 +1,6 @@
 """The notebooks, and how tests execute them."""
 
+import atexit
 import functools
 import secrets
 import subprocess
@@ -14,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 BY_NUMBER = {path.name[:2]: path for path in NOTEBOOKS}
 
 SERVER = """
-import json, os, signal, socket, sys, threading
+import json, os, socket, sys, threading
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 import accelerate, matplotlib.figure, torch, torchmetrics.classification, torchvision, transformers
 from ipykernel.kernelapp import launch_new_instance
@@ -24,8 +25,12 @@ server.bind(sys.argv[1])
 server.listen()
 server.settimeout(1)
 print("ready", flush=True)
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 while os.getppid() == parent:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:  # those that have ended
+            pass
+    except ChildProcessError:
+        pass
     try:
         peer = server.accept()[0]
     except TimeoutError:
@@ -33,7 +38,6 @@ while os.getppid() == parent:
     if os.fork():
         peer.close()
         continue
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     server.close()
     peer.settimeout(None)
     folder, environment, sys.argv = json.loads(peer.makefile().readline())
@@ -63,6 +67,7 @@ def start_server():
     address = f"{tempfile.mkdtemp()}/kernels"
     server = subprocess.Popen([sys.executable, "-c", SERVER, address], stdout=subprocess.PIPE, cwd=ROOT)
     assert server.stdout.readline() == b"ready\n"
+    atexit.register(lambda: (server.terminate(), server.wait()))  # waited for: its time is the tests'
     return address
 
 

@@ -2,7 +2,6 @@
 what they leave in the bucket."""
 
 import contextlib
-import itertools
 import os
 import re
 import secrets
@@ -201,12 +200,14 @@ def kill_the_kernel():
 
 
 def kill_at(proxy, request, count, number, tmp_path, **options):
-    """Run a notebook whose kernel is killed at so many requests like this one; the proxy goes on then."""
-    seen = itertools.count(1)
+    """Run a notebook whose kernel is killed at the first request for the n-th object of those that match."""
+    seen = set()
 
     def look(_):
-        if re.search(request, proxy.latest) and next(seen) == count:
-            kill_the_kernel()
+        if re.search(request, proxy.latest):
+            seen.add(proxy.latest)
+            if len(seen) == count:
+                kill_the_kernel()
 
     proxy.on_request = look
     [outcome] = run.run_notebooks([BY_NUMBER[number]], options, tmp_path / f"killed at {count}")
@@ -225,7 +226,7 @@ def test_a_server_that_fails_all_the_time_and_kernels_killed_in_the_middle(embed
         kill_at(proxy, "PUT .*/train/", 36, "01", tmp_path, **data)
         assert 0 < sum("/train/" in name for name in storage.objects(f"s3://{bucket}")) < 70
         execute("01", tmp_path, **data)
-        kill_at(proxy, "PUT .*/checkpoints/", 3, "02", tmp_path, bucket=bucket, epochs=2, transfer="")
+        kill_at(proxy, "PUT .*/checkpoints/", 2, "02", tmp_path, bucket=bucket, epochs=2, transfer="")
         names = storage.objects(f"s3://{bucket}")
         assert any("/checkpoints/step_" in name for name in names) and not any("models/" in name for name in names)
         execute("02 03", tmp_path, bucket=bucket, epochs=2, transfer="")
