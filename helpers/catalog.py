@@ -70,8 +70,10 @@ class Table:
 
     def replace(self, about=None, **columns):
         """Another table of the same images; columns: arrays, which become of the smallest type that holds them."""
-        types = {name: np.min_scalar_type(column.max()) for name, column in columns.items()}
-        new = {name: torch.from_numpy(np.ascontiguousarray(column, types[name])) for name, column in columns.items()}
+        new = {}
+        for name, column in columns.items():
+            kind = column.dtype if column.dtype == np.uint8 else np.min_scalar_type(-1 - column.max())  # signed: PyTorch
+            new[name] = torch.from_numpy(np.ascontiguousarray(column, kind))  # pickles no other
         return Table(self.columns | new, about or self.about)
 
     def name(self, index):
