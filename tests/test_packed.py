@@ -596,7 +596,7 @@ def test_when_the_program_ends_only_what_is_in_flight_is_waited_for():
 import time
 from helpers import images, storage
 
-def fetch(url, *span):
+def fetch(url, **options):
     print(end="x", flush=True)
     time.sleep(0.3)
     raise storage.StorageError("Nothing answers")
