@@ -9,23 +9,20 @@ import random
 import tracemalloc
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
-import chatterbot_corpus
+import chitchat_dataset
 import nbformat
 import pytest
 import sentencepiece
 import torch
-import yaml
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from executed import BY_NUMBER
 from helpers import experiment, images, storage
 from helpers.callbacks import Checkpoint, ClipGradients, LearningRate
 from helpers.chapters import convert, evaluation
-from helpers.chapters.convert import PADDING, Attention, Batches, ConveRT, Dialogues, Layout, Tokenizer, Tower, collate, preset
+from helpers.chapters.convert import PADDING, Batches, ConveRT, Dialogues, Tokenizer, collate, preset
 from helpers.training import Callback, TrainLoop
 from servers import free_port
 from servers.embedded import connected
@@ -48,14 +45,16 @@ def s3(embedded_env):
 
 
 @pytest.fixture(scope="module")
-def chatterbot(s3):
-    """The dialogues that the page puts into the bucket by default."""
+def chitchat(s3):
+    """The conversations that the page puts into the bucket by default."""
     cells = nbformat.read(BY_NUMBER["04"], as_version=4).cells
-    [source] = [cell.source for cell in cells if "def read_chatterbot" in cell.source]
-    names = {"Path": Path, "chatterbot_corpus": chatterbot_corpus, "itertools": itertools, "json": json, "yaml": yaml}
-    exec(source.partition("\n\n\n")[0], names)
-    storage.write(f"{s3}/chatterbot.jsonl", "\n".join(names["read_chatterbot"]()).encode())
-    return f"{s3}/chatterbot.jsonl"
+    names = {"chitchat_dataset": chitchat_dataset, "itertools": itertools, "json": json, "storage": storage, "gzip": gzip}
+    for start in ("def make_records", "def put_dialogues"):
+        [source] = [cell.source for cell in cells if start in cell.source]
+        exec(source.partition("\n\n\npackages")[0], names)
+    for _ in range(2):
+        names["put_dialogues"](f"{s3}/chitchat", names["read_chitchat"]())
+    return f"{s3}/chitchat"
 
 
 @pytest.fixture(scope="module")
@@ -160,50 +159,12 @@ def plain_tower(tower, x):
     return unit(x @ tower.output.weight.T + tower.output.bias)
 
 
-@pytest.mark.parametrize("heads, window", [(1, 2), (2, None), (2, 1), (1, 48)])
-def test_attention_equals_explicit_loops(heads, window):
-    torch.manual_seed(0)
-    layer, rows = Attention(6, 4, 5, heads, window), ids(7, 1, 4)
-    with torch.no_grad():
-        if window is not None:
-            layer.bias.normal_()
-    layout = Layout(rows)
-    x = torch.randn(12, 6, requires_grad=True)
-    weights = [x, *layer.parameters()]
-    output, expected = layer(x, layout), torch.cat([plain_attention(layer, part) for part in x.split([7, 1, 4])])
-    assert close([output], [expected]) and close(gradients(output, weights), gradients(expected, weights))
-
-
-def test_attention_weights_stay_within_the_window_and_sum_to_one():
-    torch.manual_seed(0)
-    layer, layout = Attention(6, 4, 5, 1, window=2), Layout(ids(7, 3))
-    queries, keys, _ = (part[:, None] for part in layout.padded(layer.project(torch.randn(10, 6))).split(layer.widths, -1))
-    weights = layer.weights(queries, keys, layout)
-    assert weights.shape == (2, 1, 7, 7)
-    for text, length in enumerate((7, 3)):
-        own = weights[text, 0, :length]
-        assert torch.allclose(own.sum(1), torch.ones(length))
-        outside = (torch.arange(7)[None] - torch.arange(length)[:, None]).abs() > 2
-        assert not own[outside].any() and not own[:, length:].any() and own[0, 1] > 0
-
-
 def test_reading_equals_the_paper_written_plainly_and_so_do_its_gradients():
     model, rows = small(), ids(9, 2, 5, 12)
     weights = [weight for name, weight in model.named_parameters() if "tower" not in name and name != "similarity"]
     output = model(rows)
     expected = torch.stack([plain_reading(model, row[row != PADDING].tolist()) for row in rows])
     assert output.shape == (4, 32)
-    assert close([output], [expected]) and close(gradients(output, weights), gradients(expected, weights))
-
-
-def test_a_tower_is_three_layers_with_skips_then_a_linear_one_to_length_1():
-    torch.manual_seed(0)
-    tower, x = Tower(preset("tiny", **SMALL)), torch.randn(5, 32)
-    with torch.no_grad():
-        for weight in tower.parameters():
-            weight += 0.1 * torch.randn_like(weight)
-    output, expected, weights = tower(x), plain_tower(tower, x), list(tower.parameters())
-    assert output.shape == (5, 16) and len(tower.layers) == 3
     assert close([output], [expected]) and close(gradients(output, weights), gradients(expected, weights))
 
 
@@ -233,52 +194,7 @@ def test_loss_is_a_smoothed_softmax_over_the_replies_of_the_batch(multi_context)
     assert close([loss], [expected]) and close(gradients(loss, weights), gradients(expected, weights))
 
 
-def test_c_stays_between_0_and_the_root_of_the_width():
-    model = small()
-    for value in (-1e9, -3.0, 0.0, 3.0, 1e9):
-        with torch.no_grad():
-            model.similarity.fill_(value)
-        assert 0 <= model.scale <= 4  # √16
-    assert model.similarity.requires_grad
-
-
-def test_the_paper_preset_has_the_papers_numbers():
-    config = preset("paper")
-    model = ConveRT(config, None)
-    assert [block.attention.window for block in model.blocks] == [3, 5, 48, 48, 48, 48]
-    assert [tuple(table.weight.shape) for table in model.positions] == [(47, 512), (11, 512)]
-    assert model.pieces.weight.shape == (26_001, 512) and model.reduction.heads == 2
-    assert model.blocks[0].feed_forward1.weight.shape == (2048, 512) and len({id(block.norm1) for block in model.blocks}) == 6
-    assert [tuple(layer.weight.shape) for layer in model.reply_tower.layers] == [(1024, 1024)] * 3
-    assert model.reply_tower.output.weight.shape == (512, 1024) and model.extra_tower is None
-    assert (config.label_smoothing, config.max_length, config.piece_dropout) == (0.2, 60, 0.0)
-    with pytest.raises(ValueError, match="'huge' is not one of paper, tiny"):
-        preset("huge")
-
-
 # --------------------------------------------------------------------------------------------------------- encodings
-
-
-def test_padding_and_neighbours_never_change_an_encoding(tokenizer):
-    model = small(tokenizer=tokenizer, piece_dropout=0.5).eval()
-    for encode in (model.encode_context, model.encode_reply):
-        together = encode(TEXTS)
-        assert together.shape == (8, 16) and torch.allclose(together.norm(dim=1), torch.ones(8))
-        longer = encode([*TEXTS, " ".join(TEXTS)])[:8]
-        alone = torch.cat([encode([text]) for text in TEXTS])
-        assert (together - alone).abs().max() < 1e-5 and (together - longer).abs().max() < 1e-5
-    padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in tokenizer(TEXTS)], batch_first=True)
-    assert (model(padded) - model(F.pad(padded, (0, 30)))).abs().max() < 1e-5
-
-
-def test_many_texts_are_encoded_in_their_order_and_an_empty_one_too(tokenizer):
-    model = small(tokenizer=tokenizer, piece_dropout=0.5).train()
-    texts = [f"{text} {i}" for i in range(80) for text in TEXTS] + [""]
-    vectors = model.encode_reply(texts)
-    assert model.training and not vectors.requires_grad
-    assert torch.allclose(vectors[[0, 333, 639]], model.encode_reply([texts[0], texts[333], texts[639]]), atol=1e-5)
-    assert vectors.isfinite().all()
-    assert model.encode_context([]).shape == (0, 16)
 
 
 def test_a_model_with_several_contexts_takes_texts_and_lists_of_turns(tokenizer):
@@ -290,6 +206,52 @@ def test_a_model_with_several_contexts_takes_texts_and_lists_of_turns(tokenizer)
     assert torch.allclose(model.eval().encode(batch)[0][2][0], older, atol=1e-5)
     many = model.encode_context([[TEXTS[0], *[f"turn {i}" for i in range(30)]], [TEXTS[0], *[f"turn {i}" for i in range(10)]]])
     assert torch.allclose(many[0], many[1]), "ten turns and no more"
+
+
+def test_a_bag_is_what_blocks_that_change_nothing_read_and_trains_neither_them_nor_positions():
+    model, rows = small().eval(), ids(9, 2, 0, 12)
+    with torch.no_grad():
+        for block in model.blocks:
+            for weight in (*block.output.parameters(), *block.feed_forward2.parameters()):
+                weight.zero_()
+            for norm in (block.norm1, block.norm2):
+                norm.load_state_dict(nn.LayerNorm(16).state_dict())
+        for table in model.positions:
+            table.weight.zero_()
+        model.reduction.project.weight[:2 * 8].zero_()  # the queries: two heads of 8
+        model.pieces.weight *= 100  # so that a layer norm's epsilon does not show
+    read = model(rows)
+    convert.read_as_bag(model)
+    assert torch.allclose(model(rows), read, atol=1e-3) and not read[2].any()
+    model.train().get_loss({"context": rows, "reply": ids(3, 4, 5, 6)}).backward()
+    trained = {name.split(".")[0] for name, weight in model.named_parameters() if weight.grad is not None}
+    assert trained == {"similarity", "pieces", "reduction", "context_tower", "reply_tower"}
+
+
+def test_rare_pieces_count_for_more_at_first(tokenizer):
+    texts = [f"the {word}" for word in "tea cup table sea winter summer morning capital".split()]
+    common, rare = [], []
+    for weighed in ((), texts * 3):
+        torch.manual_seed(0)
+        model = ConveRT(preset("tiny", **SMALL), tokenizer, weighed)
+        sentence, the, tea = model.encode_context(["the tea", "the", "tea"])
+        common.append(sentence @ the)
+        rare.append(sentence @ tea)
+    assert rare[1] > rare[0] + 0.05 and common[1] < common[0] - 0.05
+
+
+def test_many_texts_are_encoded_in_their_order_and_evaluation_encodes_once(tokenizer):
+    model = small(tokenizer=tokenizer, piece_dropout=0.5).train()
+    texts = [f"{text} {i}" for i in range(80) for text in TEXTS] + [""]
+    vectors = model.encode_reply(texts)
+    assert model.training and not vectors.requires_grad and vectors.isfinite().all()
+    assert torch.allclose(vectors[[0, 333, 639]], model.encode_reply([texts[0], texts[333], texts[639]]), atol=1e-5)
+    assert model.encode_context([]).shape == (0, 16)
+    calls = []
+    model.context_tower.register_forward_hook(lambda *_: calls.append(1))
+    loader = DataLoader(examples(20), 10, collate_fn=partial(collate, tokenizer=tokenizer))
+    TrainLoop(model, val_loader=loader, metrics=evaluation.retrieval()).evaluate(loader)
+    assert len(calls) == 2, "two batches"
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizer
@@ -317,11 +279,6 @@ def test_tokenizer_from_anywhere_hashes_what_it_does_not_know_and_cuts_long_text
     for text in (*TEXTS, "and москва you?", "you " * 100, ""):
         assert len(tokenizer.pieces(text)) == len(tokenizer([text])[0])
         assert text.startswith("".join(tokenizer.pieces(text)).lstrip(" "))
-
-
-def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"set vocab_size to \d+ or more"):
-        Tokenizer(tokenizer.model, preset("tiny", **{**SMALL, "vocab_size": 50}))
 
 
 # -------------------------------------------------------------------------------------------------- saved, quantized
@@ -357,19 +314,6 @@ def test_training_sees_eight_and_sixteen_bits_and_the_saved_model_has_no_more(s3
     assert kinds == {torch.int8: 3, torch.float32: 3, torch.float16: len(others)}
 
 
-def test_gradients_go_straight_through_what_is_rounded():
-    rounded, plain = small(quantize=True), small()
-    convert.save(rounded, "memory://rounded")
-    plain.load_state_dict(convert.load("memory://rounded").state_dict())
-    batch = {"context": ids(3, 5, 2), "reply": ids(4, 4, 6, seed=1)}
-    for model in (rounded, plain):
-        model.get_loss(batch).backward()
-    names = {name.replace("parametrizations.", "").replace(".original", ""): weight.grad
-             for name, weight in rounded.named_parameters()}
-    assert all(torch.allclose(names[name], weight.grad, atol=1e-5) for name, weight in plain.named_parameters())
-    assert names["pieces.weight"].any() and names["blocks.0.attention.bias"].any()
-
-
 def test_the_paper_preset_quantized_takes_no_more_than_59_mb(tmp_path):
     words = {"<unk>": 0} | {f"▁{i:05}": i for i in range(1, 25_000)}
     words = {"type": "BPE", "vocab": words, "merges": [], "unk_token": "<unk>", "fuse_unk": True, "dropout": None,
@@ -379,7 +323,12 @@ def test_the_paper_preset_quantized_takes_no_more_than_59_mb(tmp_path):
     convert.save(model, tmp_path)
     assert 50e6 < sum(path.stat().st_size for path in tmp_path.iterdir()) <= 59e6
     loaded = convert.load(tmp_path)
-    assert loaded.pieces.weight.shape == (26_001, 512)
+    assert loaded.pieces.weight.shape == (26_001, 512) and loaded.reply_tower.layers[2].weight.shape == (1024, 1024)
+    assert [block.attention.window for block in loaded.blocks] == [3, 5, 48, 48, 48, 48]
+    with pytest.raises(ValueError, match="'huge' is not one of paper, small, tiny"):
+        preset("huge")
+    with pytest.raises(ValueError, match=r"set vocab_size to \d+ or more"):
+        Tokenizer(model.tokenizer.model, preset("tiny"))
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -424,55 +373,15 @@ def test_a_file_is_read_as_it_arrives_and_not_kept(tmp_path):
     assert peak < 4e6
 
 
-def test_split_puts_each_context_on_one_side_always(chatterbot):
-    parts = {split: {(example["turns"][0].lower(), example["reply"]) for example in Dialogues(chatterbot, split)}
-             for split in ("", "train", "held_out")}
-    assert parts[""] == parts["train"] | parts["held_out"] and len(parts[""]) > 1000
-    assert not {context for context, _ in parts["train"]} & {context for context, _ in parts["held_out"]}
-    pairs = [convert.assign_split(example) for example in ({"thread": "a", "turns": [text]} for text in TEXTS)]
-    assert len(set(pairs)) == 1, "a thread is never divided"
-    assert 0.1 < len(parts["held_out"]) / len(parts[""]) < 0.2
-
-
-def test_chatterbot_has_topics_and_older_turns_and_no_pair_twice(chatterbot):
-    pairs = list(Dialogues(chatterbot))
-    assert len({(pair["turns"][0], pair["reply"]) for pair in pairs}) == len(pairs)
-    assert len({pair["topic"] for pair in pairs}) > 15 and any(len(pair["turns"]) > 3 for pair in pairs)
-
-
-@pytest.mark.parametrize("files", [1, 8])
-def test_workers_and_processes_share_the_lines_each_once(files, s3, monkeypatch):
-    for number in range(files):
-        write(f"{s3}/shared{files}/{number}.jsonl", records(48 // files, number * 48 // files))
-    dialogues = Dialogues(f"{s3}/shared{files}")
-    tokenizer = Tokenizer.train([example["reply"] for example in dialogues], preset("tiny", **SMALL))
-    replies = []
-    for process in range(2):
-        monkeypatch.setenv("RANK", str(process))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert len(list(dialogues)) == 48, "who only reads, reads everything"
-        loader = images.loader(Batches(dialogues, tokenizer, 2, 48), None, num_workers=2)
-        replies += [tuple(row.tolist()) for batch in loader for row in batch["reply"]]
-    assert len(replies) == len(set(replies)) == 48
-
-
-def test_batches_are_of_like_length_in_random_order_and_the_same_for_a_seed(s3, tokenizer):
-    rows = [{"context": "you " * random.Random(i).randint(1, 50), "response": f"and {i}"} for i in range(200)]
-    write(f"{s3}/lengths.jsonl", rows)
-    batches = Batches(Dialogues(f"{s3}/lengths.jsonl"), tokenizer, 16, 200)
-    assert len(batches) == 12
-
-    def lengths(seed):
-        torch.manual_seed(seed)
-        return [(batch["context"] != PADDING).sum(1).tolist() for batch in DataLoader(batches, batch_size=None)]
-
-    one = lengths(0)
-    assert len(one) == 12 and all(len(batch) == 16 for batch in one)
-    assert one == lengths(0) != lengths(1)
-    spread = [max(batch) - min(batch) for batch in one]
-    assert sum(spread) / len(spread) < 10
-    firsts = [batch[0] for batch in one]
-    assert firsts != sorted(firsts) and firsts != sorted(firsts, reverse=True)
+def test_conversations_are_written_once_and_split_whole_in_three_parts(chitchat):
+    parts = {split: list(Dialogues(chitchat, split)) for split in ("", "train", "validation", "test")}
+    assert len(parts[""]) > 105_000 and sum(map(len, parts.values())) == 2 * len(parts[""])
+    assert sum(len(pair["turns"]) > 1 for pair in parts[""]) > 102_000
+    threads = [{pair["thread"] for pair in parts[split]} for split in ("train", "validation", "test")]
+    assert not any(one & other for one, other in itertools.combinations(threads, 2))
+    assert [round(len(part) / len(parts[""]), 1) for part in (parts["train"], parts["test"])] == [0.8, 0.1]
+    few = Dialogues(chitchat, "train", limit=100)
+    assert list(few) == parts["train"][:100] and sum(1 for share in (0, 1) for _ in few.read_share(share, 2)) == 100
 
 
 def test_each_process_and_worker_gets_as_many_batches_starting_again_where_its_share_is_short(s3, tokenizer, monkeypatch):
@@ -526,21 +435,9 @@ def test_training_cut_off_within_an_epoch_goes_on_exactly(s3):
     assert all(torch.equal(one, other) for one, other in zip(loops[0].model.parameters(), loops[2].model.parameters()))
 
 
-def test_bf16_gives_nearly_the_same_loss(s3):
-    losses = []
-    for precision in ("no", "bf16"):
-        torch.manual_seed(0)
-        model = small()
-        loop = TrainLoop(model, optimizer=torch.optim.AdamW(model.parameters()), mixed_precision=precision)
-        losses.append(loop.step({"context": ids(3, 5, 2), "reply": ids(4, 4, 6, seed=1)}).item())
-    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.01)
-
-
-@pytest.mark.parametrize("optimizer", ["AdamW", "Adadelta"])
-def test_a_few_epochs_of_any_optimizer_lower_the_loss_quantized_and_with_several_contexts(optimizer, s3):
+def test_a_few_epochs_with_the_papers_optimizer_lower_the_loss_quantized_and_with_several_contexts(s3):
     loop = make_loop(s3, multi_context=True, quantize=True)
-    if optimizer == "Adadelta":
-        loop.optimizers = [torch.optim.Adadelta(loop.model.parameters(), lr=1.0, rho=0.9, weight_decay=1e-5)]
+    loop.optimizers = [torch.optim.Adadelta(loop.model.parameters(), lr=1.0, rho=0.9, weight_decay=1e-5)]
     clip = ClipGradients(norm=1, weights=list(loop.model.pieces.parameters()))
     history = loop.fit(8, callbacks=[LearningRate("cosine", warmup=4), clip])
     assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.1
@@ -572,21 +469,3 @@ def test_two_processes_with_half_the_batch_learn_from_the_whole_one():
     assert two[0] == two[1] and one.keys() == two[0].keys()
     for name, weight in one.items():
         assert torch.allclose(torch.tensor(weight), torch.tensor(two[0][name]), atol=1e-5), name
-
-
-def test_it_overfits_512_pairs(chatterbot):
-    pairs = [example for example in Dialogues(chatterbot) if len(example["reply"]) < 60][:512]
-    config = preset("tiny", piece_dropout=0.0)
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.train((text for pair in pairs for text in (pair["turns"][0], pair["reply"])), config)
-    model = ConveRT(config, tokenizer)
-    loader = DataLoader(pairs, 64, shuffle=True, collate_fn=partial(collate, tokenizer=tokenizer))
-    loop = TrainLoop(model, loader, optimizer=torch.optim.AdamW(model.parameters(), 2e-3))
-    loop.fit(16, callbacks=[LearningRate("cosine", warmup=0.15)])
-    metrics = evaluation.retrieval()
-    unique = list({pair["reply"]: pair for pair in {pair["turns"][0]: pair for pair in pairs}.values()}.values())
-    for start in range(0, len(unique) - 99, 100):
-        group = unique[start:start + 100]
-        metrics.update(model.encode_context([pair["turns"] for pair in group])
-                       @ model.encode_reply([pair["reply"] for pair in group]).T)
-    assert metrics.compute()["recall@1"] >= 0.95

@@ -45,19 +45,20 @@ def parse_example(line):
             "topic": record.get("subreddit"), "thread": record.get("thread_id")}
 
 def assign_split(example):
-    """"train" or "held_out", which 15 percent of the threads are."""
+    """"test", which 10 percent of the threads are, "validation", 5 percent, or "train"."""
     name = str(example["thread"] or example["turns"][0].lower())
-    return "held_out" if zlib.crc32(name.encode()) % 100 < 15 else "train"
+    place = zlib.crc32(name.encode()) % 100
+    return "test" if place < 10 else "validation" if place < 15 else "train"
 
 class Dialogues:
     """Examples from a file or a folder of JSON lines (.json, .jsonl, also .gz) at any fsspec URL, never all in memory.
 
-    split: "train", "held_out", or "" for both. `skipped` counts {reason: lines} of the last pass.
-    Raises storage.NotFound when there is no such file.
+    split: "train", "validation", "test", or "" for all. limit: at most so many. `skipped` counts {reason: lines} of the
+    last pass. Raises storage.NotFound when there is no such file.
     """
 
-    def __init__(self, url, split=""):
-        self.url, self.split, self.skipped = str(url).rstrip("/"), split, Counter()
+    def __init__(self, url, split="", limit=None):
+        self.url, self.split, self.limit, self.skipped = str(url).rstrip("/"), split, limit, Counter()
         self.files = storage.find_files(self.url, (".json", ".jsonl", ".json.gz", ".jsonl.gz"))
 
     def __iter__(self):
@@ -66,6 +67,9 @@ class Dialogues:
     def read_share(self, number, count):
         """Share `number` of `count`: every count-th file or, where there are fewer files than shares, line."""
         self.skipped.clear()
+        return itertools.islice(self._read(number, count), self.limit and -(-self.limit // count))
+
+    def _read(self, number, count):
         by_file = len(self.files) >= count
         files, first, step = (self.files[number::count], 0, 1) if by_file else (self.files, number, count)
         for lines in map(storage.read_lines, files):
@@ -100,7 +104,8 @@ class Config:
 
 TINY = Config(vocab_size=4_000, buckets=100, width=128, attention_width=32, windows=(3, 5, 48), feed_forward=512,
               output_width=128, piece_dropout=0.15)
-PRESETS = {"paper": Config(), "tiny": TINY}
+SMALL = replace(TINY, vocab_size=8_000, width=256, windows=(3, 48), output_width=512, label_smoothing=0.1)
+PRESETS = {"paper": Config(), "small": SMALL, "tiny": TINY}
 
 
 def preset(name, **changes):
@@ -179,13 +184,13 @@ def embed(ids, places, pieces, tables):
 class Layout:
     """Where the real tokens of padded ids (texts, length) are.
 
-    mask (texts, length): whether real; text, position (tokens,): of each real token; distance (target, source).
+    mask (texts, length): whether real; position (tokens,): in its text, of each real token; distance (target, source).
     """
 
     def __init__(self, ids):
         self.shape, self.mask = ids.shape, ids != PADDING
         self.index = self.mask.flatten().nonzero().squeeze(1)
-        self.text, self.position = self.index // ids.shape[1], self.index % ids.shape[1]
+        self.position = self.index % ids.shape[1]
         place = torch.arange(ids.shape[1], device=ids.device)
         self.distance = place[None, :] - place[:, None]
 
@@ -247,21 +252,33 @@ class Block(nn.Module):
         hidden = F.silu(F.linear(x, GELU * inner.weight, GELU * inner.bias))
         return self.norm2(x + F.linear(hidden, outer.weight / GELU, outer.bias))
 
-def reduce_tokens(x, layout):
-    """Vectors (tokens, width) -> (texts, width): the sum of each text's, divided by the root of their number."""
-    total = x.new_zeros(len(layout.mask), x.shape[1], dtype=torch.float32).index_add(0, layout.text, x.float())
-    return total / layout.mask.sum(1, keepdim=True).clamp(min=1).sqrt()
+class Pooling(Attention):
+    """Attention over the whole text, summed, divided by √N: (tokens, width) -> (texts, heads * value_width)."""
+
+    def forward(self, x, layout):
+        rows = 2 * self.widths[0]  # of queries and keys
+        queries, keys = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in layout.padded(
+            F.linear(x, self.project.weight[:rows], self.project.bias[:rows])).split(self.widths[:2], -1))
+        received = (self.weights(queries, keys, layout) * layout.mask[:, None, :, None]).sum(2)
+        return self.reduce(received @ layout.padded(x), layout)
+
+    def reduce(self, sums, layout):
+        """Weighted sums of a text's N tokens (texts, heads, width), the weights of each adding up to N -> values / √N."""
+        matrix, bias = (part[2 * self.widths[0]:].unflatten(0, (self.heads, -1))
+                        for part in (self.project.weight, self.project.bias))
+        count = layout.mask.sum(1)[:, None, None]
+        return ((torch.einsum("thw,hvw->thv", sums, matrix) + count * bias) / count.clamp(min=1).sqrt()).flatten(1)
 
 class Reader(nn.Module):
     """Padded ids (texts, length) -> what the towers get, (texts, reduction_heads * width)."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.is_bag = config, False
         self.pieces = nn.Embedding(1 + config.vocab_size + config.buckets, config.width, padding_idx=PADDING)
         self.positions = nn.ModuleList(nn.Embedding(rows, config.width) for rows in config.positions)
         self.blocks = nn.ModuleList(Block(config, window) for window in config.windows)
-        self.reduction = Attention(config.width, config.attention_width, config.width, config.reduction_heads)
+        self.reduction = Pooling(config.width, config.attention_width, config.width, config.reduction_heads)
 
     def attention_layers(self):
         """[(name, module), …] in the order they run; `module.weights(queries, keys, layout)` is what each looks at."""
@@ -270,13 +287,41 @@ class Reader(nn.Module):
         return [*windowed, ("pooling", self.reduction)]
 
     def forward(self, ids):
+        lengths = (ids != PADDING).sum(1)
         if self.training and self.config.piece_dropout:
             ids = ids.masked_fill(torch.rand(ids.shape, device=ids.device) < self.config.piece_dropout, PADDING)
+        if self.is_bag or len(ids) <= 128:
+            return read_bag(self, ids) if self.is_bag else self.read(ids)
+        order = lengths.argsort()
+        parts = [self.read(ids[part, :lengths[part[-1]].clamp(min=1)]) for part in order.split(128)]
+        return torch.cat(parts)[order.argsort()]
+
+    def read(self, ids):
         layout = Layout(ids)
         x = embed(layout.flat(ids), layout.position, self.pieces, self.positions)
         for block in self.blocks:
             x = block(x, layout)
-        return reduce_tokens(self.reduction(x, layout), layout)
+        return self.reduction(x, layout)
+
+def read_bag(reader, ids):
+    """What the towers get if no block changes anything, the pooling's queries are constant, and there are no positions."""
+    layout, pooling = Layout(ids), reader.reduction
+    queries, keys, _ = pooling.project.bias.split(pooling.widths)
+    table = F.layer_norm(reader.pieces.weight, reader.pieces.weight.shape[1:])
+    keys = F.linear(table, pooling.project.weight.split(pooling.widths)[1], keys)
+    weights = ((queries * keys).unflatten(1, (pooling.heads, -1)).sum(2) * pooling.scale).float().exp()
+    flat, count = layout.flat(ids), layout.mask.sum(1)
+    starts = count.cumsum(0) - count
+    sums = F.embedding_bag(flat, (weights[:, :, None] * table[:, None]).flatten(1), starts, mode="sum")
+    total = F.embedding_bag(flat, weights, starts, mode="sum").clamp(min=1e-9)
+    return pooling.reduce(sums.unflatten(1, (pooling.heads, -1)) * (count[:, None] / total)[:, :, None], layout)
+
+
+def read_as_bag(reader, is_bag=True):
+    """Read texts as bags of pieces, or again with positions and blocks."""
+    reader.is_bag = is_bag
+    for part in (reader.positions, reader.blocks):
+        part.requires_grad_(not is_bag)
 
 class Tower(nn.Module):
     """What the reader made of texts, (texts, reduction_heads * width) -> unit vectors (texts, output_width)."""
@@ -317,6 +362,7 @@ class DualEncoder(Reader):
         self.context_tower, self.reply_tower = Tower(config), Tower(config)
         self.extra_tower = Tower(config) if config.multi_context else None
         self.similarity = nn.Parameter(torch.zeros(()))  # C, before it is bounded
+        self.evaluated = None, None  # a batch and its vectors
 
     @property
     def scale(self):
@@ -341,6 +387,7 @@ class DualEncoder(Reader):
     def get_loss(self, batch, criterion=None):
         """The loss over the replies of all processes, averaged over the kinds of contexts."""
         contexts, replies = self.encode(batch)
+        self.evaluated = (None, None) if self.training else (batch, (contexts, replies))
         first = 0
         if self.training and torch.distributed.is_initialized():
             first = torch.distributed.get_rank() * len(replies)
@@ -349,7 +396,8 @@ class DualEncoder(Reader):
 
     def get_predictions(self, batch):
         """Cosines (contexts, replies) and which reply is right, for evaluation.retrieval."""
-        contexts, replies = self.encode(batch)
+        seen, vectors = self.evaluated  # by get_loss, just before
+        contexts, replies = vectors if seen is batch else self.encode(batch)
         return contexts[-1] @ replies.T, torch.arange(len(replies), device=replies.device)
 
 @torch.no_grad()
@@ -372,6 +420,22 @@ def initialise(model):
                 nn.init.orthogonal_(layer.weight, gain=0.3)
             nn.init.orthogonal_(tower.output.weight)
             tower.load_state_dict(model.context_tower.state_dict())
+
+@torch.no_grad()
+def weigh_pieces(model, rows):
+    """Let the pooling start with weights in proportion to log(texts / texts with the piece); rows: ids of texts."""
+    found = torch.bincount(torch.tensor([id for row in rows for id in set(row)]), minlength=len(model.pieces.weight))
+    rarity = ((len(rows) + 1) / (found + 1)).log().clamp(min=0.3).log()
+    model.pieces.weight[1:, 0] = (rarity - rarity.mean())[1:] * model.config.width**-0.5  # layer norm takes it to 1
+    pooling = model.reduction
+    queries, keys, values = pooling.project.weight.split(pooling.widths)
+    first = torch.arange(pooling.heads) * model.config.attention_width  # of each head
+    queries *= 0.1
+    keys *= 0.1
+    keys[first] = 0
+    keys[first, 0] = 1 / pooling.scale
+    values[:, 0] = 0
+    pooling.project.bias[first] = 1
 
 def eight_bits(rows):
     """Rows (…, width) as values of -127 to 127, (…, width), times scales, (…, 1)."""
@@ -407,12 +471,15 @@ class ConveRT(DualEncoder):
     """The dual encoder with its tokenizer, from texts to unit vectors (texts, output_width) on the CPU.
 
     A context is a text, or, for a model with multi_context, a list of turns, the newest first.
+    texts: some of those to train on, to weigh the pieces at first.
     """
 
-    def __init__(self, config, tokenizer):
+    def __init__(self, config, tokenizer, texts=()):
         super().__init__(config)
         self.tokenizer = tokenizer
         initialise(self)
+        if texts:
+            weigh_pieces(self, tokenizer(texts))
         if config.quantize:
             round_weights(self)
 
@@ -428,16 +495,13 @@ class ConveRT(DualEncoder):
         return self._encode(self.reply_tower, replies)
 
     @torch.inference_mode()
-    def _encode(self, tower, texts, size=256):
+    def _encode(self, tower, texts, size=2_048):
         training, ids = self.training, self.tokenizer(texts)
-        vectors = torch.empty(len(ids), self.config.output_width)
-        order = torch.tensor([len(row) for row in ids]).argsort()
         self.eval()
-        for chosen in (order[i:i + size] for i in range(0, len(ids), size)):
-            batch = pad([ids[i] for i in chosen]).to(self.similarity.device)
-            vectors[chosen] = tower(self(batch)).float().cpu()
+        parts = [tower(self(pad(ids[i:i + size]).to(self.similarity.device))).float().cpu()
+                 for i in range(0, len(ids), size)]
         self.train(training)
-        return vectors
+        return torch.cat(parts) if parts else torch.empty(0, self.config.output_width)
 
 def pad(rows):
     """Lists of ids -> (rows, longest)."""
@@ -473,23 +537,15 @@ def load(url):
     model.load_state_dict({name: weight.float() * scales.get(name, 1) for name, weight in state.items()})
     return model.eval()
 
-def tokenize(examples, tokenizer, multi_context=False):
-    """Examples -> [{"context": ids, "reply": ids, and, for multi_context, "extra": ids}, …]."""
+def collate(examples, tokenizer, multi_context=False):
+    """Examples -> {"context": padded ids (examples, length), "reply": … and, for multi_context, "extra": …}."""
     texts = {"context": [each["turns"][0] for each in examples], "reply": [each["reply"] for each in examples]}
     if multi_context:
         texts["extra"] = [join_older(each["turns"]) for each in examples]
-    return [dict(zip(texts, row)) for row in zip(*map(tokenizer, texts.values()))]
-
-def stack(rows):
-    """What `tokenize` gives -> {"context": padded ids (examples, length), "reply": …, …}."""
-    return {name: pad([row[name] for row in rows]) for name in rows[0]}
-
-def collate(examples, tokenizer, multi_context=False):
-    """Examples -> a batch."""
-    return stack(tokenize(examples, tokenizer, multi_context))
+    return {name: pad(tokenizer(each)) for name, each in texts.items()}
 
 class Batches(IterableDataset):
-    """Batches of random examples of like length, the remainder left out; DataLoader(Batches(…), batch_size=None).
+    """Batches of random examples, the remainder left out; DataLoader(Batches(…), batch_size=None).
 
     examples: how many `dialogues` has, for a stream cannot tell. Raises ValueError where they are too few for a batch.
     """
@@ -498,7 +554,7 @@ class Batches(IterableDataset):
 
     def __init__(self, dialogues, tokenizer, batch_size, examples, multi_context=False):
         self.dialogues, self.batch_size = dialogues, batch_size
-        self.tokenize = partial(tokenize, tokenizer=tokenizer, multi_context=multi_context)
+        self.collate = partial(collate, tokenizer=tokenizer, multi_context=multi_context)
         self.process, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.length = examples // batch_size // self.processes
         if not self.length:
@@ -520,11 +576,8 @@ class Batches(IterableDataset):
         examples, size, full = self.dialogues.read_share(number, count), self.batch_size, 0
         while pool := list(itertools.islice(examples, self.pool * size)):
             order.shuffle(pool)
-            rows = self.tokenize(pool[:len(pool) // size * size])
-            rows.sort(key=lambda row: sum(map(len, row.values())))
-            batches = [rows[i:i + size] for i in range(0, len(rows), size)]
-            full += len(batches)
-            order.shuffle(batches)
-            yield from map(stack, batches)
+            for start in range(0, len(pool) - size + 1, size):
+                full += 1
+                yield self.collate(pool[start:start + size])
         if not full:
             raise ValueError(f"{self.dialogues.url} has too few examples for a batch of {size} for each process.")
