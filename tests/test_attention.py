@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import (BartConfig, BartForConditionalGeneration, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel,
                           LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast)
 
-from helpers import experiment, storage
+from helpers import experiment, run, storage
 from helpers.chapters import attention, convert
 from helpers.training import TrainLoop
 from servers.embedded import connected
@@ -263,14 +264,6 @@ def test_a_pictures_cells_have_the_colours_of_the_weights(tokens, heads):
     assert cell >= 15.9
 
 
-def test_source_is_above_and_target_at_the_side():
-    example = example_of(["s" * 12] * 3, ["t"] * 7)
-    wide = attention.heatmap(example, example.weights[0])
-    box, (height, width) = wide.axes[0].get_position(), drawn(wide).shape[:2]
-    assert box.width * width / 3 == pytest.approx(box.height * height / 7, rel=0.01)  # square cells
-    assert (1 - box.y1) * height > 3 * box.x0 * width > 10  # room for long labels above, short ones beside
-
-
 def test_every_script_has_glyphs_or_numbers(tmp_path):
     assert attention.label("日本") == "U+65E5 U+672C" or attention.font_family("日")
     assert attention.label("\U000f0000") == "U+F0000"  # nobody's
@@ -421,3 +414,13 @@ def test_what_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises((OSError, storage.StorageError)):
         attention.save([example_of(list("abc"))], tmp_path / "file/in_it")
+
+
+@pytest.mark.slow
+def test_the_page_on_two_processes(embedded, tmp_path, bucket):
+    words = f"-m helpers run 06 --processes 2 -o {tmp_path} -p bucket {bucket} -p epochs 2 -p examples 3".split()
+    done = subprocess.run([sys.executable, *words], cwd=storage.REPOSITORY, capture_output=True, text=True, timeout=400)
+    assert not done.returncode, done.stdout
+    results = run.read_results(tmp_path / "06_attention_heatmaps.ipynb")
+    assert results["heatmaps"] == 3 + 4 * 2 and 0.3 < results["alignment_accuracy"] <= 1
+    assert {"dates.html", "plots/one_date.png"} <= storage.objects(results["run_url"]).keys()

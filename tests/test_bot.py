@@ -294,8 +294,7 @@ def test_whole_jokes_are_ready_before_anybody_asks():
 
     gate.opened.set()
     with joke_bot({"model": counted}, batch=8, stock=16) as jokes:
-        while len(jokes.queue.ready["model"]) < 16:
-            time.sleep(0.05)
+        assert any(time.sleep(0.05) or len(jokes.queue.ready["model"]) == 16 for _ in range(400))
         gate.opened.clear()
         told = [jokes.ask("me").result(0) for _ in range(16)]  # at once, though the source does not answer
         assert [question for _, question, _ in told] == [f"Joke {i}?" for i in range(16)]
@@ -304,6 +303,8 @@ def test_whole_jokes_are_ready_before_anybody_asks():
         gate.opened.set()
         assert late.result(60)[0] == "model"
     assert gate.batches[0] == [None] * 8
+    with joke_bot({"model": echo}, batch=8, stock=3) as jokes:
+        assert any(time.sleep(0.05) or len(jokes.queue.ready["model"]) == 3 for _ in range(400))
 
 
 def test_memory_stays_flat():

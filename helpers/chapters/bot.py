@@ -163,7 +163,7 @@ def load_sources(urls, **sampling):
             sources[url.rpartition("/")[2]] = People(pairs)
         else:
             joker = jokes.load(url)
-            name = getattr(joker.model.config, "base_model", url)
+            name = getattr(joker.model.config, "base_model", None) or url
             sources[url if name in sources else name] = tell = partial(joker.tell, **sampling)
             try:
                 tell([None])

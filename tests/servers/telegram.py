@@ -11,7 +11,6 @@ import re
 import threading
 import time
 import urllib.parse
-import urllib.request
 from collections import defaultdict, deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -47,7 +46,7 @@ class Telegram(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.changed, self.stopped, self.valid = threading.Condition(), False, True
         self.calls, self.updates, self.messages = [], deque(), {}
-        self.queries, self.answers, self.webhook = set(), defaultdict(deque), None
+        self.queries, self.answers = set(), defaultdict(deque)
         self.numbers = itertools.count(1)
 
     # ------------------------------------------------------------------------------------------- what people do
@@ -55,16 +54,9 @@ class Telegram(ThreadingHTTPServer):
     def push(self, **content):
         """An update, as it is, malformed or not."""
         number = next(self.numbers)
-        update = {"update_id": number, **content}
         with self.changed:
-            if not self.webhook:
-                self.updates.append((number, update))
-                self.changed.notify_all()
-                return
-        headers = {"Content-Type": "application/json",
-                   "X-Telegram-Bot-Api-Secret-Token": self.webhook.get("secret_token", "")}
-        request = urllib.request.Request(self.webhook["url"], json.dumps(update).encode(), headers)
-        urllib.request.urlopen(request, timeout=20).close()
+            self.updates.append((number, {"update_id": number, **content}))
+            self.changed.notify_all()
 
     def say(self, user, text=None, **content):
         """A message of a user to the bot: text, or something else."""
@@ -131,17 +123,10 @@ class Telegram(ThreadingHTTPServer):
     def on_getme(self, _):
         return {"id": 123456789, "is_bot": True, "first_name": "Jokes", "username": NAME}
 
-    def on_setwebhook(self, parameters):
-        self.webhook = parameters
-        return True
-
     def on_deletewebhook(self, _):
-        self.webhook = None
         return True
 
     def on_getupdates(self, parameters):
-        if self.webhook:
-            raise Refused(409, "Conflict: can't use getUpdates method while webhook is active; use deleteWebhook first")
         deadline = time.monotonic() + float(parameters.get("timeout", 0))
         with self.changed:
             while self.updates and self.updates[0][0] < int(parameters.get("offset", 0)):
