@@ -46,8 +46,7 @@ def parse_example(line):
 
 def assign_split(example):
     """"test", which 10 percent of the threads are, "validation", 5 percent, or "train"."""
-    name = str(example["thread"] or example["turns"][0].lower())
-    place = zlib.crc32(name.encode()) % 100
+    place = zlib.crc32(str(example["thread"] or example["turns"][0].lower()).encode()) % 100
     return "test" if place < 10 else "validation" if place < 15 else "train"
 
 class Dialogues:
@@ -182,10 +181,7 @@ def embed(ids, places, pieces, tables):
     return x
 
 class Layout:
-    """Where the real tokens of padded ids (texts, length) are.
-
-    mask (texts, length): whether real; position (tokens,): in its text, of each real token; distance (target, source).
-    """
+    """Where the real tokens of padded ids (texts, length) are: mask (texts, length), position in its text (tokens,)."""
 
     def __init__(self, ids):
         self.shape, self.mask = ids.shape, ids != PADDING
@@ -370,10 +366,7 @@ class DualEncoder(Reader):
         return self.config.output_width**0.5 * self.similarity.sigmoid()
 
     def encode(self, batch):
-        """Unit vectors: contexts (kinds, texts, output_width), replies (texts, output_width).
-
-        There is one kind, the last turn, or with "extra" three: the last turn, the older ones, and both.
-        """
+        """Contexts (kinds, texts, output_width), of the last turn or, with "extra", of last, older and all; replies."""
         names = [name for name in ("context", "reply", "extra") if name in batch]
         length = max(batch[name].shape[1] for name in names)
         ids = torch.cat([F.pad(batch[name], (0, length - batch[name].shape[1])) for name in names])
@@ -530,8 +523,8 @@ def load(url):
         state, saved = experiment.load_model(url)
     except storage.NotFound as error:
         raise storage.NotFound(f"{error} Train one first, with notebook 04 (make run NOTEBOOKS=04).") from None
-    config = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["convert"].items()}
-    config = Config(**config)
+    config = Config(**{name: tuple(value) if isinstance(value, list) else value
+                       for name, value in saved["convert"].items()})
     scales = {name.removesuffix(".scale"): state.pop(name) for name in list(state) if name.endswith(".scale")}
     model = ConveRT(replace(config, quantize=False), Tokenizer(base64.b85decode(saved["tokenizer"]), config))
     model.load_state_dict({name: weight.float() * scales.get(name, 1) for name, weight in state.items()})
