@@ -21,7 +21,7 @@ from helpers import images, storage
 
 TREE = ["ant/z.png", "ant/10.png", "ant/9.png", "ant/B.PNG", "ant/sub/a.png", "ant/sub b/c.png",
         "ant/sub/deep/er/d.png", "ant/sub-1/e.png", "Zebra/a.png", "bee/b+c & d%20é.png", "bee/.hidden.png",
-        "bee hive/1.png", "bee-2/1.png"]
+        "bee hive/1.png", "bee-2/1.png", "ant hill/1.png"]
 PIXELS = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8), (0, 0), 3)
 PIXELS = cv2.normalize(PIXELS, None, 0, 255, cv2.NORM_MINMAX)  # smooth, so that JPEG keeps it, in all of the range
 
