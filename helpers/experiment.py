@@ -214,7 +214,7 @@ def _claim(run):
 
 def smaller_is_better(metric):
     """Whether smaller values of a metric of this name are better."""
-    return any(word in metric.lower() for word in ("loss", "error", "perplexity", "mse", "mae"))
+    return any(word in metric.lower() for word in ("loss", "error", "perplexity", "mse", "mae", "bits"))
 
 
 def compare(url, metric=None):
