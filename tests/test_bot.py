@@ -308,7 +308,11 @@ def test_whole_jokes_are_ready_before_anybody_asks():
 
 
 def test_memory_stays_flat():
-    used, tell = [], lambda questions: [(f"{question} {'x' * 100}", "y" * 1000 + str(question)) for question in questions]
+    used = []
+
+    def tell(questions):
+        return [(f"{question} {'x' * 100}", "y" * 1000 + str(question)) for question in questions]
+
     with joke_bot({"model": tell}) as jokes:
         tracemalloc.start()
         for number in range(0, 2400, 16):
@@ -498,7 +502,8 @@ def test_sigterm_finishes_what_is_in_flight(tmp_path):
 
 @pytest.mark.parametrize("kind, said", [
     ("refused", "Telegram refuses the token"), ("no network", "http://127.0.0.1:9 does not answer as Telegram"),
-    ("no Telegram", "does not answer as Telegram"), ("malformed", "TELEGRAM_BOT_TOKEN"), ("mysql", "JOKES_DATABASE_URL")])
+    ("no Telegram", "does not answer as Telegram"), ("malformed", "TELEGRAM_BOT_TOKEN"),
+    ("mysql", "JOKES_DATABASE_URL")])
 def test_it_says_what_is_wrong_and_not_the_token(kind, said, tmp_path):
     env = {"malformed": {"TELEGRAM_BOT_TOKEN": "tell-nobody"},
            "mysql": {"JOKES_DATABASE_URL": "mysql://bot:tell-nobody@127.0.0.1/jokes"}}.get(kind, {})

@@ -70,10 +70,7 @@ def read_weights(model, source, target=None):
     return weights
 
 def encode(model, tokenizer, text):
-    """The ids of a text: [source], or [source, target] for an encoder-decoder, of a pair or as the model writes it.
-
-    Raises ValueError for a pair where the model takes none.
-    """
+    """The ids of a text, [source]; for an encoder-decoder [source, target], of a pair or as the model writes it."""
     cross = model.config.is_encoder_decoder
     source, *target = [text] if isinstance(text, str) else text
     if target and not cross:
@@ -106,10 +103,7 @@ BATCH = 32  # texts of one length together
 
 
 def read_rows(rows, read, device):
-    """For each text a list of its layers' weights (heads, target, source), float32. Raises ValueError without tokens.
-
-    rows: for each text [ids of the source] or [source, target]; read: a function of such ids of a batch of texts.
-    """
+    """For each of many texts' ids its layers' weights (heads, target, source), which `read` reads from a batch."""
     groups, weights = defaultdict(list), [None] * len(rows)
     for i, row in enumerate(rows):
         if not all(row):
