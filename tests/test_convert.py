@@ -226,6 +226,7 @@ def test_a_bag_is_what_blocks_that_change_nothing_read_and_trains_neither_them_n
     model.train().get_loss({"context": rows, "reply": ids(3, 4, 5, 6)}).backward()
     trained = {name.split(".")[0] for name, weight in model.named_parameters() if weight.grad is not None}
     assert trained == {"similarity", "pieces", "reduction", "context_tower", "reply_tower"}
+    assert not any(weight.requires_grad for weight in model.blocks.parameters()), "of which DDP would wait for gradients"
 
 
 def test_rare_pieces_count_for_more_at_first(tokenizer):
