@@ -164,10 +164,17 @@ class Tokenizer:
         return cls(train_pieces(texts, config.vocab_size), config)
 
     def __call__(self, texts):
-        rows = split_pieces(self.backend, list(texts), self.config.max_length)
+        texts, limit = list(texts), self.config.max_length
+        if isinstance(self.backend, tokenizers.Tokenizer):  # without the places in the text, which take longest
+            rows = [row.ids[:limit] for row in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        else:
+            rows = [row[:limit] for row in self.backend.encode(texts)]
+        return [self._hash(text) if self.unknown in row else [id + 1 for id in row] for text, row in zip(texts, rows)]
+
+    def _hash(self, text):
         first, buckets = 1 + self.config.vocab_size, self.config.buckets
-        return [[first + zlib.crc32(piece.lower().encode()) % buckets if id == self.unknown else id + 1
-                 for id, piece in row] for row in rows]
+        return [first + zlib.crc32(piece.lower().encode()) % buckets if id == self.unknown else id + 1
+                for id, piece in split_pieces(self.backend, [text], self.config.max_length)[0]]
 
     def pieces(self, text):
         """The text of each piece, as many as there are ids."""
