@@ -26,6 +26,7 @@ def test_04_to_07_train_look_and_tell_in_one_bucket(embedded, tmp_path, bucket):
     assert {"models/jokes/config.json", "models/jokes/model.safetensors"} <= storage.objects(f"s3://{bucket}").keys()
     assert results["jokes_served"] == 60 and 0 < results["p50_seconds"] <= results["p95_seconds"]
     assert results["batched_speedup"] > 0 and results["votes"] == 0
+    assert results["votes_whole"] == results["votes_answers"] == 0
 
     missing = f"s3://{bucket}/models/not-there"  # which it goes on without
     results = execute("06", tmp_path, bucket=bucket, examples=10, epochs=5, convert_url=missing)
