@@ -607,7 +607,7 @@ def test_what_cannot_be_a_source_is_named(tmp_path):
 
 def test_the_panel_of_the_notebook(notebook, sqlite):
     with joke_bot({"model": echo}, per_minute=3, stock=0) as jokes:
-        shown = notebook("def panel", jokes=jokes, sources={"people": bot.People(PAIRS)}, human="people", display=print)
+        shown = notebook("def panel", "def picture", jokes=jokes, sources={"people": bot.People(PAIRS)}, human="people", display=print)
         assert "Both &lt; lean" in shown["picture"](bot.Joke(question=PAIRS[0][0], answer=PAIRS[0][1]), "👍").data
         panel = shown["panel"](jokes)
         (question, tell), shown, buttons = panel.children[0].children, panel.children[1], panel.children[2]

@@ -230,5 +230,5 @@ def test_a_server_that_fails_all_the_time_and_kernels_killed_in_the_middle(embed
         names = storage.objects(f"s3://{bucket}")
         assert any("/checkpoints/step_" in name for name in names) and not any("models/" in name for name in names)
         execute("02 03", tmp_path, bucket=bucket, epochs=2, transfer="")
-        assert min(proxy.slow_downs, proxy.resets, proxy.truncations, proxy.copies_refused) > 5
+        assert min(proxy.slow_downs, proxy.resets, proxy.truncations) > 10 and proxy.copies_refused
         assert contents(bucket) == whole.contents

@@ -7,13 +7,15 @@ from helpers import storage
 from executed import execute
 
 
-def test_04_to_07_train_look_and_tell_in_one_bucket(embedded, tmp_path, bucket):
+def test_04_finds_replies(embedded, tmp_path, bucket):
     results = execute("04", tmp_path, bucket=bucket, pairs=6000, full_pairs=1000, batch_size=256, curve="")
     assert results["recall_at_1_of_100"] >= 0.12 and results["multi_context_mrr"] > results["mrr"] > 0.18
     assert abs(results["recall_at_1_of_100"] - results["quantized_recall_at_1_of_100"]) <= 0.01
     assert 0.1 < results["tfidf_recall_at_1_of_100"] < 0.3 and results["pairs"] == 6000
     assert results["model_bytes"] < 11e6 and results["pairs_per_second"] > 0
 
+
+def test_05_to_07_train_look_and_tell_in_one_bucket(embedded, tmp_path, bucket):
     extra, votes = tmp_path / "extra.txt", f"sqlite:///{tmp_path}/votes.db"
     extra.write_text("Ladies and gentlemen, thank you for coming tonight. " * 40)
     results = execute("05 07", tmp_path, bucket=bucket, epochs=2, base_model="minilm", base_models="small",
