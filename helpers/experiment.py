@@ -84,12 +84,14 @@ def _code():
 
 
 def _environment():
-    """What the code runs on: Python, platform, packages, and the git commit of the current folder, if there is one."""
+    """What the code runs on: Python, platform, device, packages, and the current folder's git commit, if it has one."""
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     commit = ""
     with suppress(OSError, subprocess.SubprocessError):  # without git
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
                                 capture_output=True, text=True, timeout=20).stdout.strip()
     return {"python": platform.python_version(), "platform": platform.platform(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "packages": dict(sorted((package.name, package.version) for package in distributions())),
             "git_commit": commit.removesuffix("-dirty") or None, "git_dirty": "-dirty" in commit if commit else None}
 
