@@ -77,7 +77,8 @@ def finished(tmp_path_factory, environment):
           "for end in (b'first', b'middle', b'final'):\n    display(Image(data=pixel + end))",
           "display(JSON({'not': 'the last'}))",
           "results = {'epochs': epochs, 'val_loss': 0.123456, 'model_bytes': 3054499, 'loop_seconds': 65.0}",
-          "display(JSON(results | {'kind': type(epochs).__name__, 'tag': '<i>', 'model': 's3://a/b'}))",
+          "display(JSON(results | {'kind': type(epochs).__name__, 'tag': '<i>', 'model': 's3://a/b',\n"
+          "                         'rows': [{'name': '<i>', 'model_bytes': 3054499}, {'name': 'b', 'model_bytes': 10}]}))",
           "print('the end')")
     write(notebooks, "02_fails.ipynb", "# Fails", "#parameters\nepochs = 1", "x = 1\n'<u>'\n" + "x += 1\n" * 9 +
           "raise ValueError('\\x1b[31m<b>red</b>\\x1b[0m\\nand more')", "print('not reached')")
@@ -170,7 +171,8 @@ def test_parameters_reach_the_notebooks_that_have_them(finished):
 def test_results_are_those_of_the_last_cell_that_shows_json(finished):
     path = finished.output / "01_good.ipynb"
     expected = {"epochs": 3, "val_loss": 0.123456, "model_bytes": 3054499, "loop_seconds": 65.0, "kind": "int",
-                "tag": "<i>", "model": "s3://a/b"}
+                "tag": "<i>", "model": "s3://a/b",
+                "rows": [{"name": "<i>", "model_bytes": 3054499}, {"name": "b", "model_bytes": 10}]}
     for notebook in path, str(path), nbformat.read(path, as_version=4):
         assert run.read_results(notebook) == expected
     with pytest.raises(ValueError, match="05_after.ipynb shows no results"):
@@ -186,6 +188,9 @@ def test_index_shows_titles_results_and_figures(finished):
     assert card.select_one("h2").get_text() == "A good <one> & more" and not card.select("one, i")
     assert card.select_one("h2 a")["href"] == "01_good.html"
     assert [pill.get_text() for pill in finished.page.select(".pill")] == ["ok", "FAILED", "FAILED", "FAILED", "ok"]
+    cells = [[cell.get_text() for cell in row.select("th, td")] for row in card.select("dd tr")]
+    assert cells == [["name", "model bytes"], ["<i>", "3.1 MB"], ["b", "10 Bytes"]]
+    card.select_one("dd.table").find_parent("div").decompose()
     shown = {pair.dt.get_text(): pair.dd.get_text() for pair in card.select("dl div")}
     assert shown == {"epochs": "3", "validation loss": "0.123", "model bytes": "3.1 MB", "loop seconds": "1 min 5 s",
                      "kind": "int", "tag": "<i>", "model": "s3://a/bcopy"}
