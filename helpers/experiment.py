@@ -180,6 +180,12 @@ def _write_lease(run):
     storage.write(f"{run}/lease.json", json.dumps(lease).encode())
 
 
+def _read_lease(run):
+    """Who writes a run, as it was written last; None when nobody does."""
+    with suppress(NotFound):
+        return _load(f"{run}/lease.json")
+
+
 def _is_mine(lease):
     return (lease["host"], lease["pid"]) == (socket.gethostname(), os.getpid())
 
@@ -198,20 +204,19 @@ def _renew_lease(reference):
 
 def _claim(run):
     """Whether this process may write a run: no other does, and of several that claim it now this is the last one."""
-    if "lease.json" in storage.list_files(run):
-        lease = _load(f"{run}/lease.json")
-        if _is_mine(lease):
-            return True
-        if lease["host"] != socket.gethostname():
-            print(f"waiting {LEASE} s to see whether {lease['host']} still writes {run}")
-            time.sleep(LEASE)
-            if "lease.json" in storage.list_files(run) and _load(f"{run}/lease.json") != lease:
-                return False
-        elif psutil.pid_exists(lease["pid"]):
+    lease = _read_lease(run)
+    if lease and _is_mine(lease):
+        return True
+    if lease and lease["host"] != socket.gethostname():
+        print(f"waiting {LEASE} s to see whether {lease['host']} still writes {run}")
+        time.sleep(LEASE)
+        if _read_lease(run) not in (lease, None):
             return False
+    elif lease and psutil.pid_exists(lease["pid"]):
+        return False
     _write_lease(run)
     time.sleep(LEASE / 60)  # whoever saw the run without an owner, too, has written its lease by then
-    return _is_mine(_load(f"{run}/lease.json"))
+    return _is_mine(_read_lease(run))
 
 
 def smaller_is_better(metric):
