@@ -142,10 +142,7 @@ def write_index(url):
     holds is as it was listed.
     """
     table = list_images(url)
-    bucket, key = storage.parse(f"{url}/{INDEX}")
-    with storage.translate_errors(url):
-        storage.client(bucket).put_object(
-            Bucket=bucket, Key=key, Body=table.replace({**table.about, "listed": str(date.today())}).to_bytes())
+    storage.write(f"{url}/{INDEX}", table.replace({**table.about, "listed": str(date.today())}).to_bytes())
 
 
 def read_index(url):

@@ -205,7 +205,7 @@ class S3ImageFolder(Dataset):
         if not self.shards:
             return [[index] for index in indices]
         position = {index: i for i, index in enumerate(indices)}
-        places, firsts, sizes = (self.table.columns[name].numpy()[indices] for name in ("places", "firsts", "sizes"))
+        places, firsts, sizes = (column[indices] for column in (self.table.places, self.table.firsts, self.table.sizes))
         order, requests, start, end = np.lexsort((firsts, places)), [], None, 0
         for i, place, first, size in zip(*(column[order].tolist() for column in (np.array(indices), places, firsts, sizes))):
             if not requests or place != start[0] or first - end > GAP or first + size - start[1] > RANGE:
