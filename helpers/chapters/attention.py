@@ -168,7 +168,6 @@ COLOURS = matplotlib.colormaps["viridis"].with_extremes(bad="0.9")  # grey where
 LABEL = 16  # characters of a token that are shown
 
 
-
 @functools.cache
 def font_family(char):
     """The first font that has a character, DejaVu Sans or else one installed here; None if there is none."""
