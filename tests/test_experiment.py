@@ -475,10 +475,11 @@ def test_a_report_shows_a_run_and_what_differs_from_the_best_and_loads_and_runs_
     run = experiment.Run(url, lr=0.3, note=SCRIPT, key=os.environ[SECRET])
     run.save_history([{"epoch": n, "train_loss": 3 - n, "val_loss": n or "", "val_best": [n]} for n in (0, 1, 2)])
     run.save_figure(SCRIPT.replace("/", ""), figure())
-    run.finish({"accuracy": 0.85, "confusion_matrix": [[17, 4], [0, 29]], "sample": SCRIPT})
+    run.finish({"accuracy": 0.85, "confusion_matrix": [[17, 4], [0, 29]], "sample": SCRIPT, "times": {"epoch": 2.5}})
     html = storage.read(f"{run.url}/report.html").decode()
     page = Page(html)
-    for line in (["lr", "0.3"], ["note", SCRIPT], ["key", "***"], ["accuracy", "0.85"], ["sample", SCRIPT], ["17", "4"],
+    for line in (["lr", "0.3"], ["note", SCRIPT], ["key", "***"], ["accuracy", "0.85"], ["sample", SCRIPT],
+                 ["17", "4"], ["times", "epoch: 2.5"],
                  ["lr", "0.3", "0.1"], ["accuracy", "0.85", "0.9"], ["torch", version("torch")]):
         assert line in page.lines, line
     assert "What differs from the best run" in page.text and "Beside it the best: 2026-01-01" in page.text
