@@ -1,5 +1,6 @@
 """The training loop, short enough to read in one sitting; everything else is a callback."""
 
+import copy
 import math
 import random
 import time
@@ -7,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from itertools import zip_longest
+from operator import length_hint
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import IterableDataset, RandomSampler
 
 from helpers.storage import progress
 
@@ -31,13 +33,12 @@ PLACE = "history", "steps", "batch", "total", "seen", "epoch_random"  # the attr
 
 
 class Callback:
-    """A class with methods named after the moments of training (MOMENTS), each called with the loop.
+    """A class with methods named after the moments of training (MOMENTS), each called with the loop, by ascending `order`.
 
-    Callbacks run in ascending `order`, and may read `loop.history`, `loop.epoch`, `loop.steps` (batches so far),
-    `loop.stepped` (whether the optimizer stepped at this batch), `loop.step_loss` (a tensor on the device),
-    `loop.mean_loss` (the epoch's, when last read) and `loop.bar`. after_backward may change the gradients of
-    `loop.weights`. after_fit also runs after CancelFit; after_error after any other exception. The state of
-    a callback that has `state_dict` and `load_state_dict` is part of the checkpoints.
+    They may read `loop.history`, `loop.epoch`, `loop.steps` (batches so far), `loop.stepped` (whether the optimizer
+    stepped at this batch), `loop.step_loss` (on the device) and `loop.mean_loss` (the epoch's, when last read), and in
+    after_backward change the gradients of `loop.weights`. after_fit also runs after CancelFit; after_error after any
+    other exception. A callback's `state_dict` and `load_state_dict`, if it has them, make it part of the checkpoints.
     """
 
     order = 0
@@ -51,7 +52,7 @@ class _Task(nn.Module):
         self.model, self.criterion = model, criterion
 
     def forward(self, batch, training):
-        """(loss or losses, outputs, targets, and anything else the model predicts); any of them may be None."""
+        """(loss or losses, outputs, targets, and anything else the model predicts); each may be None."""
         if hasattr(self.model, "get_loss"):
             loss = self.model.get_loss(batch, self.criterion)
             return (loss, None, None) if training else (loss, *self.model.get_predictions(batch))
@@ -68,8 +69,8 @@ class TrainLoop:
     """Train a model on its loader, with a progress bar, validation after every epoch, and callbacks.
 
     model: any nn.Module. Batches are (inputs, targets), with criterion(model(inputs), targets) the loss; or a dict of
-        the model's arguments, where a model that returns its loss, as those of transformers do, needs no criterion.
-        For anything else the model has `get_loss(batch, criterion)` and `get_predictions(batch)` -> (outputs, targets),
+        the model's arguments, where one that returns its loss, as those of transformers do, needs no criterion. For
+        anything else the model has `get_loss(batch, criterion)` and `get_predictions(batch)` -> (outputs, targets),
         each a tensor or a list with one item per sample, optionally followed by a third for `predict`.
     optimizer: one, or a list; get_loss then yields one loss per optimizer, each computed after the previous
         optimizer's step, and each loss changes only its own optimizer's weights.
@@ -77,8 +78,7 @@ class TrainLoop:
     scheduler: a torch scheduler, stepped after every optimizer step (or use callbacks.LearningRate).
     metrics: {name: torchmetrics.Metric} or a MetricCollection, updated with (outputs, targets) in `evaluate`.
     accumulate: the number of batches whose gradients are averaged for one optimizer step.
-    options: passed to accelerate's Accelerator, such as mixed_precision="bf16". It also moves everything to the device
-        and averages gradients across processes.
+    options: of accelerate's Accelerator, which finds the device and the processes, such as mixed_precision="bf16".
     """
 
     def __init__(self, model, train_loader=None, val_loader=None, test_loader=None, *, optimizer=None, criterion=None,
@@ -90,6 +90,7 @@ class TrainLoop:
         several = isinstance(optimizer, (list, tuple))
         self.optimizers = list(optimizer) if several else [optimizer] if optimizer else []
         # Optimizers are not prepared by accelerate: its step costs 0.1 ms, since it looks for a package on the disk.
+        self.scaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)  # of losses, with fp16 only
         self.own_task = _Task(model, criterion)  # without DDP, for evaluation, where shares are unequal
         self.task = self.accelerator.prepare(self.own_task)
         self.train_loader, self.val_loader = self._shard(train_loader), self._shard(val_loader, even=False)
@@ -105,8 +106,8 @@ class TrainLoop:
     def _shard(self, loader, even=True):
         """A loader over this process's share of the batches, in an order common to all processes.
 
-        In training every process gets the same number of batches; in evaluation every sample is in exactly one share.
-        An IterableDataset shards itself for training; what cannot be divided is evaluated whole by every process.
+        For training (`even`) all get as many batches; for evaluation every sample is in one share. An IterableDataset
+        shards itself for training; what cannot be divided is evaluated whole by every process.
         """
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
         if (loader is None or processes == 1 or isinstance(loader.dataset, IterableDataset)
@@ -117,9 +118,7 @@ class TrainLoop:
             loader.sampler.generator = torch.Generator().manual_seed(seed)
         share = BatchSamplerShard(loader.batch_sampler, processes, index, even_batches=even)
         share.drop_last &= even  # what it drops is the last batch of all processes
-        loader = _replace_order(loader, share)
-        loader.shared = True
-        return loader
+        return _replace_order(loader, share, shared=True)
 
     def add_metrics(self, metrics):
         """Compute these in `evaluate` as well."""
@@ -145,12 +144,11 @@ class TrainLoop:
                     self.bar.total = None if self.total_steps == math.inf else self.total_steps  # may be shorter now
                     while len(self.history) < last_epoch and self.steps < self.last_step:
                         self.epoch = len(self.history) + 1
-                        epoch = f"epoch {self.epoch}/{last_epoch}" if num_epochs else f"epoch {self.epoch}"
-                        self.bar.set_description(epoch, refresh=False)
+                        of = f"/{last_epoch}" if num_epochs else ""
+                        self.bar.set_description(f"epoch {self.epoch}{of}", refresh=False)
                         self._set_training_mode()
                         self._call("before_epoch")
-                        row = {"epoch": self.epoch, **self._train_epoch()}
-                        self.history.append(row | self._measure("val", self.val_loader))
+                        self.history.append(self._train_epoch() | self._measure("val", self.val_loader))
                         self.batch = 0
                         self._call("after_epoch")
                 if self.history:
@@ -167,10 +165,7 @@ class TrainLoop:
     @property
     def epoch_batches(self):
         """Batches per epoch and process; infinite for a stream without a length."""
-        try:
-            return len(self.train_loader)
-        except TypeError:
-            return math.inf
+        return length_hint(self.train_loader) or math.inf
 
     @property
     def total_steps(self):
@@ -179,7 +174,7 @@ class TrainLoop:
 
     @property
     def weights(self):
-        """The weights of the current optimizer (of several, the one whose turn it is)."""
+        """The weights of the optimizer (of several, the one whose turn it is)."""
         return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def step(self, batch, size=1, last=True):
@@ -188,7 +183,7 @@ class TrainLoop:
         With gradients accumulated over `size` batches, the optimizer steps at the `last` of them.
         """
         self._set_training_mode()
-        batch, total, several = send_to_device(batch, self.accelerator.device), None, len(self.optimizers) > 1
+        batch, total, several = send_to_device(batch, self.accelerator.device), 0, len(self.optimizers) > 1
         with nullcontext() if last and not several else getattr(self.task, "no_sync", nullcontext)():  # only DDP has it
             losses, *_ = self.task(batch, training=True)
             precision = self.accelerator.autocast if isinstance(losses, Iterator) else nullcontext  # it computes later
@@ -197,12 +192,8 @@ class TrainLoop:
             for self.optimizer in self.optimizers:
                 with precision():
                     loss = next(losses)
-                total = loss.detach() if total is None else total + loss.detach()
-                if size > 1:
-                    loss = loss / size
-                if self.accelerator.scaler:
-                    loss = self.accelerator.scaler.scale(loss)
-                loss.backward(inputs=self.weights if several else None)
+                total = total + loss.detach()
+                self.scaler.scale(loss / size if size > 1 else loss).backward(inputs=self.weights if several else None)
                 if last:
                     self._update(several)
         if self.stepped and self.scheduler is not None:
@@ -217,21 +208,16 @@ class TrainLoop:
 
     def _update(self, several):
         """One optimizer step, with the unscaled gradients averaged across processes."""
-        scaler = self.accelerator.scaler
         if several and self.accelerator.num_processes > 1:  # DDP averages only after one backward for all weights
             for weight in self.weights:
                 if weight.grad is not None:
                     weight.grad = self.accelerator.reduce(weight.grad.contiguous(), "mean")
-        if scaler:
-            scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
         self._call("after_backward")
-        if scaler:  # it skips the step when a gradient overflows fp16
-            scale = scaler.get_scale()
-            scaler.step(self.optimizer)
-            scaler.update()
-            self.stepped &= scaler.get_scale() >= scale
-        else:
-            self.optimizer.step()
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)  # not when a gradient overflows fp16, after which the scale is smaller
+        self.scaler.update()
+        self.stepped &= self.scaler.get_scale() >= scale
         self.optimizer.zero_grad()
 
     def _train_epoch(self):
@@ -260,7 +246,7 @@ class TrainLoop:
         total, seen = self.accelerator.reduce((self.total.to(device), torch.tensor(self.seen, device=device)))
         rate = (self.seen - before) * self.accelerator.num_processes / (time.perf_counter() - start)
         self.mean_loss = total.item() / max(seen.item(), 1)
-        return {"train_loss": self.mean_loss, "train_samples_per_second": rate}
+        return {"epoch": self.epoch, "train_loss": self.mean_loss, "train_samples_per_second": rate}
 
     def _batches(self):
         """The batches of this epoch that have not been trained on yet."""
@@ -404,8 +390,8 @@ def best_precision():
     return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "no"
 
 
-def _replace_order(loader, batch_sampler):
+def _replace_order(loader, batch_sampler, **attributes):
     """A loader like this one, with its batches drawn by batch_sampler."""
-    names = ("num_workers", "collate_fn", "pin_memory", "generator", "worker_init_fn", "multiprocessing_context",
-             "persistent_workers")
-    return DataLoader(loader.dataset, batch_sampler=batch_sampler, **{name: getattr(loader, name) for name in names})
+    loader = copy.copy(loader)
+    vars(loader).update(batch_sampler=batch_sampler, _iterator=None, **attributes)  # a DataLoader refuses to be assigned
+    return loader

@@ -185,7 +185,8 @@ def test_fp16_shows_gradients_unscaled_and_leaves_out_a_step_beyond_its_range_wi
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         loop = TrainLoop(model, data, optimizer=optimizer, criterion=CRITERION,
                          scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1000))
-        loop.accelerator.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=1e-9)
+        if scale:
+            loop.scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=1e-9)
         loop.fit(1, [Notes()])
         found.append((model, norms))
     assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1] and not same(found[0][0], model)
