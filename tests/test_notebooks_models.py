@@ -12,10 +12,11 @@ from executed import execute
 
 
 def test_04_finds_replies(embedded, tmp_path, bucket):
-    results = execute("04", tmp_path, bucket=bucket, pairs=6000, full_pairs=1000, batch_size=256, curve="")
+    results = execute("04", tmp_path, bucket=bucket, pairs=6000, full_pairs=1000, batch_size=256, curve="", benchmark="tiny")
     assert results["recall_at_1_of_100"] >= 0.12 and results["multi_context_mrr"] > results["mrr"] > 0.18
     assert abs(results["recall_at_1_of_100"] - results["quantized_recall_at_1_of_100"]) <= 0.01
     assert 0.1 < results["tfidf_recall_at_1_of_100"] < 0.3 and results["pairs"] == 6000
+    assert results["padding_free_speedup"] > 1 and results["padding_free_loss_difference"] < 1e-4
     assert results["model_bytes"] < 11e6 and results["pairs_per_second"] > 0
 
 
@@ -23,7 +24,7 @@ def test_05_to_07_train_look_and_tell_in_one_bucket(embedded, tmp_path, bucket):
     extra, votes = tmp_path / "extra.txt", f"sqlite:///{tmp_path}/votes.db"
     extra.write_text("Ladies and gentlemen, thank you for coming tonight. " * 40)
     results = execute("05 07", tmp_path, bucket=bucket, epochs=2, base_model="minilm", base_models="small",
-                      extra_text=str(extra), database_url=votes, requests=60)
+                      extra_text=str(extra), database_url=votes, requests=60, benchmark=True)
     assert results["perplexity_after"] < results["perplexity_before"] / 4
     assert results["jokes_kept"] > 450 and results["jokes_dropped"] >= 0 and results["copied_share"] < 0.5
     assert 0 < results["distinct_2"] <= 1 and results["tokens_per_second"] > 0 and results["base_model"] == "minilm"
@@ -34,6 +35,7 @@ def test_05_to_07_train_look_and_tell_in_one_bucket(embedded, tmp_path, bucket):
     assert results["batched_speedup"] > 0 and results["votes"] == 0
     assert results["votes_whole"] == results["votes_answers"] == 0
 
+    assert results["packing_speedup"] > 1
     missing = f"s3://{bucket}/models/not-there"  # which it goes on without
     results = execute("06", tmp_path, bucket=bucket, examples=10, epochs=5, convert_url=missing)
     assert results["alignment_accuracy"] >= 0.9 and results["heatmaps"] == 10 + 4 * 5 + 2  # and the rollout of two jokes
