@@ -1,21 +1,15 @@
-"""Callbacks of the training loop: plain classes with methods named after the moment they run (training.MOMENTS).
-
-One of your own can be as short as this; `order` sets its place among the others:
-
-    class Tell(Callback):
-        def after_epoch(self, loop):
-            print(loop.history[-1])
-"""
+"""The callbacks that nearly every training wants: see training.Callback for how to write one of your own."""
 
 import json
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LinearLR, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from helpers import experiment, storage
 from helpers.training import Callback, CancelFit
@@ -41,32 +35,31 @@ class LearningRate(Callback):
         self.schedule, self.warmup, self.cycles, self.every, self.monitor = schedule, warmup, cycles, every, monitor
 
     def before_fit(self, loop):
-        self.total, make = math.inf, self.schedule
+        make = self.schedule
         if not callable(make):
             if math.isinf(loop.total_steps):
                 raise ValueError("A schedule must know where training ends: with a loader that has no length, use "
                                  "fit(num_steps=…).")
             batches = min(loop.epoch_batches, loop.total_steps)
             moves = math.ceil(batches / loop.accumulate) if self.every == "step" else 1  # in an epoch
-            self.total, make = math.ceil(loop.total_steps * moves / batches), self._make
+            total = math.ceil(loop.total_steps * moves / batches)
+            make = partial(LambdaLR, lr_lambda=lambda move: self._factor(min(move, total - 1), total))
         self.schedulers = [make(optimizer) for optimizer in loop.optimizers]
 
-    def _make(self, optimizer):
-        warmup = self.warmup if self.warmup >= 1 else round(self.warmup * self.total)
-        length = max(self.total - warmup, 1)
-        for group in optimizer.param_groups:
-            group["lr"] = group.get("initial_lr", group["lr"])  # an earlier fit may have ended with a smaller one
+    def _factor(self, move, total):
+        """The rate relative to the optimizer's own."""
+        warmup = self.warmup if self.warmup >= 1 else round(self.warmup * total)
+        if move < warmup:
+            return (move + 1) / (warmup + 1)
+        length = max(total - warmup, 1)
         if self.schedule == "cosine":
-            scheduler = CosineAnnealingWarmRestarts(optimizer, math.ceil(length / self.cycles))
-        else:
-            scheduler = LinearLR(optimizer, 1, 1 if self.schedule == "constant" else 0, length)
-        if not warmup:
-            return scheduler
-        return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (warmup + 1), 1, warmup), scheduler], [warmup])
+            cycle = math.ceil(length / self.cycles)
+            return (1 + math.cos(math.pi * ((move - warmup) % cycle) / cycle)) / 2
+        return 1 if self.schedule == "constant" else 1 - (move - warmup) / length
 
     def _move(self):
         for scheduler in self.schedulers:
-            if not isinstance(scheduler, ReduceLROnPlateau) and scheduler.last_epoch < self.total - 1:
+            if not isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step()
 
     def after_step(self, loop):
@@ -103,9 +96,6 @@ class ClipGradients(Callback):
             torch.nn.utils.clip_grad_norm_(weights, self.norm)
 
 
-# ------------------------------------------------------------------------------------------------ stopping early
-
-
 def best_epoch(history, monitor, threshold=0.0):
     """The index of the last row in which `monitor` improved on all earlier ones by more than `threshold`."""
     sign, best = (-1 if experiment.smaller_is_better(monitor) else 1), 0
@@ -140,9 +130,6 @@ class EarlyStopping(Callback):
     def after_epoch(self, loop):
         if len(loop.history) - 1 - best_epoch(loop.history, self.monitor, self.threshold) >= self.patience:
             raise CancelFit
-
-
-# ----------------------------------------------------------------------------------------- history and checkpoints
 
 
 class SaveHistory(Callback):

@@ -1,6 +1,5 @@
 """The training loop, short enough to read in one sitting; everything else is a callback."""
 
-import copy
 import math
 import random
 import time
@@ -17,7 +16,7 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
 from torch import nn
-from torch.utils.data import IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from helpers.storage import progress
 
@@ -118,7 +117,9 @@ class TrainLoop:
             loader.sampler.generator = torch.Generator().manual_seed(seed)
         share = BatchSamplerShard(loader.batch_sampler, processes, index, even_batches=even)
         share.drop_last &= even  # what it drops is the last batch of all processes
-        return _replace_order(loader, share, shared=True)
+        loader = _replace_order(loader, share)
+        loader.shared = True
+        return loader
 
     def add_metrics(self, metrics):
         """Compute these in `evaluate` as well."""
@@ -390,8 +391,8 @@ def best_precision():
     return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "no"
 
 
-def _replace_order(loader, batch_sampler, **attributes):
+def _replace_order(loader, batch_sampler):
     """A loader like this one, with its batches drawn by batch_sampler."""
-    loader = copy.copy(loader)
-    vars(loader).update(batch_sampler=batch_sampler, _iterator=None, **attributes)  # a DataLoader refuses to be assigned
-    return loader
+    names = ("num_workers", "collate_fn", "pin_memory", "generator", "worker_init_fn", "multiprocessing_context",
+             "persistent_workers")
+    return DataLoader(loader.dataset, batch_sampler=batch_sampler, **{name: getattr(loader, name) for name in names})
