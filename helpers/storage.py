@@ -236,6 +236,7 @@ _SENTENCES = {  # by the codes of servers and libraries
         "{url} is not in {region}: set AWS_REGION to the bucket's region.",
     "NoCredentialsError PartialCredentialsError":
         "No key for {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
+    "BadZipFile": "{url}: {said}: the zip is damaged or cut off, download or make it again.",
     "silent": "Nothing answers at {endpoint} ({url}): does the server run, is AWS_ENDPOINT_URL right?",
     "other": "{url}: {code}: {said}",
 }

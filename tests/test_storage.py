@@ -106,10 +106,8 @@ strict = pytest.mark.parametrize("s3", ["embedded", "ceph"], indirect=True)  # t
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Files go in parts from 5 MB on, and not only from 16 MB."""
+    """Files go in parts from 5 MB on, and not only from 8 MB."""
     monkeypatch.setattr(zips, "PART", LIGHT)
-    for name in "multipart_threshold", "multipart_chunksize":
-        monkeypatch.setattr(zips.IN_PARTS, name, LIGHT)
 
 
 @pytest.fixture(scope="module")
@@ -569,10 +567,10 @@ def test_a_large_file_goes_in_parts_and_is_skipped_the_second_time(s3, small_par
     with fault_proxy(server) as proxy:
         connect({"AWS_ENDPOINT_URL": proxy.url})
         assert zips.upload(tmp_path, s3) == {"uploaded": 1, "skipped": 0}
-        assert proxy.requests >= 6  # connecting, a list, the upload's begin and end, three parts
+        assert proxy.requests >= 6  # connecting, a list, the upload's begin and end, two parts
         proxy.requests = 0
         assert zips.upload(tmp_path, s3) == {"uploaded": 0, "skipped": 1}
-        assert proxy.requests == 1
+        assert proxy.requests <= 2  # a list and, where the ETag is no MD5, the object's metadata
     connect({"AWS_ENDPOINT_URL": server})
     assert content(s3) == digests({"large": (tmp_path / "large").read_bytes()})
     with open(tmp_path / "large", "r+b") as file:
@@ -982,8 +980,7 @@ def test_an_unzip_that_was_killed_is_completed(s3, requests, small_parts, tmp_pa
     """In the midst of the small ones, and of the parts of the large one."""
     members = {f"cats/{i}.bin": random.randbytes(20_000) for i in range(30)} | {"cats/large": random.randbytes(26 * MB)}
     archive = zipped(tmp_path / "cats.zip", members)
-    killed(f"zips.PART = {LIGHT}\nzips.IN_PARTS = zips.TransferConfig({LIGHT}, 8, {LIGHT})\nzips.unzip(*sys.argv[1:])",
-           archive, s3, requests=requests)
+    killed("zips.unzip(*sys.argv[1:])", archive, s3, requests=requests)
     assert 0 < len(listed(s3)) < 31
     zips.unzip(archive, s3)
     assert content(s3) == digests({f"raw/{name}": data for name, data in members.items()})

@@ -2,7 +2,6 @@
 
 """Unpack a zip of class folders into a bucket, without trusting it, and split them into train, val and test."""
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -16,25 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
 from helpers import storage
 from helpers.storage import StorageError
 
-PART = 16 * 2**20  # bytes per part of a large object: S3 takes 10,000 parts, so up to 160 GB
-
-
-def compute_etags(source):
-    """The ETags that S3 gives to the content of an open file: put in one piece, and in parts."""
-    whole, parts = hashlib.md5(usedforsecurity=False), []
-    while chunk := source.read(PART):
-        whole.update(chunk)
-        parts.append(hashlib.md5(chunk, usedforsecurity=False).digest())
-    return whole.hexdigest(), f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
-
-IN_PARTS = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=8)
-IN_PARTS.max_in_memory_upload_chunks = 8  # boto3 leaves it at 10
+PART = 8 * 2**20  # bytes per part of a large object, as in boto3: S3 takes 10,000 parts, so up to 80 GB
 
 
 def put_file(bucket, key, size, open_source, old, report):
@@ -42,20 +28,17 @@ def put_file(bucket, key, size, open_source, old, report):
     s3 = storage.client(bucket)
     with open_source() as source:
         content = io.BytesIO(source.read()) if size <= PART else source
-        etags = compute_etags(content)
-    if old and old["size"] == size and (
-            (old["e_tag"] or "").strip('"') in etags
-            or s3.head_object(Bucket=bucket, Key=key)["Metadata"].get("md5") == etags[0]):
+        md5 = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if old and old["size"] == size and ((old["e_tag"] or "").strip('"') == md5 or s3.head_object(
+            Bucket=bucket, Key=key)["Metadata"].get("md5") == md5):
         report(size)
         return "skipped"
     if size <= PART:  # upload_fileobj takes twice as long for these
-        content.seek(0)
-        s3.put_object(Bucket=bucket, Key=key, Body=content, Metadata={"md5": etags[0]})
+        s3.put_object(Bucket=bucket, Key=key, Body=content.getvalue(), Metadata={"md5": md5})
         report(size)
-        return "uploaded"
-    with open_source() as source:  # read from first to last: a member of a zip is slow to seek in
-        once = SimpleNamespace(read=source.read)
-        s3.upload_fileobj(once, bucket, key, {"Metadata": {"md5": etags[0]}}, report, IN_PARTS)
+    else:
+        with open_source() as source:  # read from first to last: a member of a zip is slow to seek in
+            s3.upload_fileobj(SimpleNamespace(read=source.read), bucket, key, {"Metadata": {"md5": md5}}, report)
     return "uploaded"
 
 @storage.run_in_first_process
@@ -72,7 +55,7 @@ def put_all(items, url, description):
     small, large = [item for item in items if item[1] <= PART], [item for item in items if item[1] > PART]
     total = sum(size for _, size, _ in items)
     with storage.progress(total, description) as bar, ThreadPoolExecutor(storage.THREADS) as pool:
-        counts = Counter(itertools.chain(pool.map(put, small), map(put, large)))
+        counts = Counter([*pool.map(put, small), *map(put, large)])
     return {outcome: counts[outcome] for outcome in ("uploaded", "skipped")}
 
 def upload(source, url):
@@ -92,14 +75,11 @@ def check_member(archive, info, max_ratio=100):
     if info.flag_bits & 1:
         raise StorageError(f"{archive}: the member {name!r} is encrypted: zip it again without a password.")
     if info.file_size > max(max_ratio * info.compress_size, 2**20):  # a megabyte of anything does no harm
-        raise StorageError(f"{archive}: the member {name!r} unpacks to over {max_ratio} times its size: "
-                           "refused as a zip bomb (raise max_ratio if you trust it).")
+        raise StorageError(f"{archive}: the member {name!r} unpacks to over {max_ratio} times its size, a zip bomb: "
+                           "refused (raise max_ratio if you trust it).")
 
 def list_members(archive, zipped, max_bytes=100 * 2**30, max_ratio=100):
-    """The members of an open zip by path, {(folder, …, file): info}, and a Counter of what is ignored.
-
-    Raises StorageError when one of them is refused, or together they unpack to more than `max_bytes`.
-    """
+    """The members of an open zip by path, {(folder, …, file): info}, and a Counter of what is ignored."""
     members, ignored = {}, Counter()
     for info in zipped.infolist():
         check_member(archive, info, max_ratio)
@@ -118,15 +98,14 @@ def list_members(archive, zipped, max_bytes=100 * 2**30, max_ratio=100):
                            "(raise max_bytes if you trust it).")
     return members, ignored
 
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # as others call them
 
 
 def recognise_layout(archive, members):
     """("classes" or "split", {name in the bucket: info}) of members by path. Raises StorageError without classes."""
+    if len({path[0] for path in members if len(path) > 1}) == 1 and any(len(path) > 2 for path in members):
+        members = {path[1:]: info for path, info in members.items() if len(path) > 1}
     tops = {path[0] for path in members if len(path) > 1}
-    if len(tops) == 1 and any(len(path) > 2 for path in members):
-        members = {path[1:]: info for path, info in members.items() if path[0] in tops}
-        tops = {path[0] for path in members if len(path) > 1}
     if len(tops & PARTS.keys()) > 1:
         named = {"/".join((PARTS[path[0]], *path[1:])): info for path, info in members.items()
                  if path[0] in PARTS and len(path) > 2}
@@ -134,29 +113,19 @@ def recognise_layout(archive, members):
             raise StorageError(f"{archive} is split already but has no {' and no '.join(missing)} folder with classes: "
                                "add it, or put all class folders at the zip's root to have them split here.")
         return "split", named
-    named = {"/".join(("raw", *path)): info for path, info in members.items() if len(path) > 1}
-    if not named:
+    if not tops:
         raise StorageError(f"{archive} holds no class folders: put the images of each class into a folder of its own.")
-    return "classes", named
-
-def open_zip(archive):
-    """The bytes of a zip at a path or any fsspec URL, as a file to read and seek in, and the ZipFile over it."""
-    with storage.open_filesystem(archive) as (filesystem, path):
-        file = filesystem.open(path, "rb", block_size=2**23, cache_type="blockcache", cache_options={"maxblocks": 4})
-        with contextlib.suppress(zipfile.BadZipFile):
-            return file, zipfile.ZipFile(file)
-        file.close()
-    raise StorageError(f"{archive} is not a zip file, or it is cut off: download or make it again.")
+    return "classes", {"/".join(("raw", *path)): info for path, info in members.items() if len(path) > 1}
 
 def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
     """Put the files of a zip of class folders into a bucket, streamed: nothing goes to the disk, memory stays small.
 
     archive: path or any fsspec URL. url: s3://bucket/dataset, which gets raw/{class}/…, of a split zip train/{class}/…
-    Returns {"layout": "classes" | "split", "uploaded": n, "skipped": n, "ignored": n}; skipped: there unchanged. Raises
-    StorageError, before anything is put, for a zip that is refused.
+    Returns {"layout": "classes" | "split", "uploaded": n, "skipped": n, "ignored": n}; skipped: there unchanged.
     """
-    file, zipped = open_zip(archive)
-    with file, zipped:
+    blocks = {"block_size": 2**23, "cache_type": "blockcache", "cache_options": {"maxblocks": 4}}
+    with (storage.open_filesystem(archive) as (filesystem, path), filesystem.open(path, "rb", **blocks) as file,
+          zipfile.ZipFile(file) as zipped):
         members, ignored = list_members(archive, zipped, max_bytes, max_ratio)
         layout, named = recognise_layout(archive, members)
         ignored["files outside class folders"] = len(members) - len(named)
@@ -166,31 +135,24 @@ def unzip(archive, url, max_bytes=100 * 2**30, max_ratio=100):
                          url, f"unzipping {Path(archive).name}")
     return {"layout": layout, **counts, "ignored": ignored.total()}
 
-def share(count, ratios):
-    """How many of `count` images go to train, val and test."""
-    train, val = (round(count * ratio) for ratio in ratios[:2])
-    return train, val, count - train - val
-
-
 def assign(names, ratios, seed):
-    """{name: "train", "val" or "test"} of names such as class/file: each class shuffled by the seed, then cut.
+    """{name: "train", "val" or "test"} of names such as class/file: each class shuffled by the seed, then cut."""
+    def share(count):
+        train, val = (round(count * ratio) for ratio in ratios[:2])
+        return train, val, count - train - val
 
-    Warns of a class that is too small to be in every part.
-    """
-    classes, parts = {}, {}
-    for name in names:
-        classes.setdefault(name.split("/")[0], []).append(name)
-    for label, members in classes.items():
-        members.sort(key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-        counts = share(len(members), ratios)
+    parts, shuffled = {}, sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    shuffled.sort(key=lambda name: name.split("/")[0])  # which keeps the order within a class
+    for label, members in itertools.groupby(shuffled, lambda name: name.split("/")[0]):
+        counts = share(len(members := list(members)))
         parts |= zip(members, itertools.chain.from_iterable(map(itertools.repeat, storage.SPLITS, counts)))
         if 0 in counts:
             without = " and no ".join(part for part, count in zip(storage.SPLITS, counts) if not count)
-            enough = next(count for count in itertools.count(3) if min(share(count, ratios)) > 0)
+            enough = next(count for count in itertools.count(3) if all(share(count)))
             warnings.warn(f"The class {label} has no {without} image: {len(members)} are too few, it takes {enough}.")
     return parts
 
-def copy_objects(url, sources, description, done=0):
+def copy_objects(url, sources, description):
     """Copy objects of a bucket to names under a prefix, {name: key of its source}, 32 at once."""
     bucket, prefix = storage.parse(url)
     client, refused = storage.client(bucket), []
@@ -207,10 +169,9 @@ def copy_objects(url, sources, description, done=0):
                     refused.append(name)
             client.put_object(**target, Body=storage.retry(lambda: client.get_object(**source)["Body"].read()))
 
-    with storage.progress(done + len(sources), description, "object", initial=done) as bar:
-        with ThreadPoolExecutor(storage.THREADS) as pool:
-            for _ in pool.map(copy, sources):
-                bar.update()
+    with storage.progress(len(sources), description, "object") as bar, ThreadPoolExecutor(storage.THREADS) as pool:
+        for _ in pool.map(copy, sources):
+            bar.update()
     if refused:
         print(f"{client.meta.endpoint_url} has no CopyObject: the objects were read and written instead.")
 
@@ -218,8 +179,8 @@ def keep_record(url, record, everything, plan):
     """Write a split's record to `url`/split.json. Raises StorageError when another one, or a stray object, is there."""
     before = json.loads(storage.read(f"{url}/split.json")) if "split.json" in everything else None
     different = [name for name in record if before and before[name] != record[name]]
-    if any(name.startswith(("train/", "val/", "test/")) and name not in plan for name in everything):
-        different = different or ["images"]
+    if not different and any(re.match("(train|val|test)/", name) and name not in plan for name in everything):
+        different = ["images"]
     if different:
         raise StorageError(f"{url} is split already, with other {' and '.join(different)}: to split it anew, "
                            f"first delete {url}/train, /val, /test and /split.json, or use another name.")
@@ -228,9 +189,9 @@ def keep_record(url, record, everything, plan):
 
 @storage.run_in_first_process
 def split_classes(url, ratios=(0.7, 0.15, 0.15), seed=0):
-    """Copy the class folders of `url`/raw to train, val and test: {"train": n, …}. Each class is shuffled by the seed.
+    """Copy the class folders of `url`/raw to train, val and test: {"train": n, …}. Again, it completes what was cut off.
 
-    Again, it completes what was cut off. Raises StorageError for other ratios, another seed, or other images.
+    Raises StorageError for other ratios than before, another seed, or other images.
     """
     if len(ratios) != 3 or min(ratios) <= 0 or abs(sum(ratios) - 1) > 1e-6:
         raise StorageError(f"The ratios of train, val and test must be above 0 and add up to 1, not {ratios}.")
@@ -242,7 +203,6 @@ def split_classes(url, ratios=(0.7, 0.15, 0.15), seed=0):
     content = "".join(f"{name} {item['e_tag']} {item['size']}\n" for name, item in raw.items()).encode()
     record = {"ratios": list(ratios), "seed": seed, "images": hashlib.sha256(content).hexdigest()}
     keep_record(url, record, everything, plan)
-    copies = {name: item["path"] for name, item in plan.items()
-              if name not in everything or everything[name]["size"] != item["size"]}
-    copy_objects(url, copies, f"splitting {url}", done=len(plan) - len(copies))
+    copy_objects(url, {name: item["path"] for name, item in plan.items()
+                       if everything.get(name, {}).get("size") != item["size"]}, f"splitting {url}")
     return {part: sum(name.startswith(f"{part}/") for name in plan) for part in storage.SPLITS}
