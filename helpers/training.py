@@ -179,7 +179,7 @@ class TrainLoop:
         return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def step(self, batch, size=1, last=True):
-        """One training step on a batch; return its loss, on the device. You can call it from a loop of your own.
+        """Train on a batch, in a loop of your own too; return its loss, on the device.
 
         With gradients accumulated over `size` batches, the optimizer steps at the `last` of them.
         """
@@ -267,10 +267,7 @@ class TrainLoop:
 
     @torch.inference_mode()
     def evaluate(self, loader):
-        """{"loss": …, metric: …} over a loader, every sample counted once, also on several processes.
-
-        Warns and returns {} for a loader without batches.
-        """
+        """{"loss": …, metric: …} over a loader, every sample counted once; warns and returns {} if it has no batches."""
         if self.metrics:
             self.metrics.reset()
         total, seen = torch.zeros((), device=self.accelerator.device), 0
@@ -291,9 +288,9 @@ class TrainLoop:
 
     @torch.inference_mode()
     def predict(self, loader):
-        """The model's outputs and the targets over a loader, in its order, on the CPU: (samples, …), (samples, …).
+        """The outputs, targets, and any third value of get_predictions, over a loader, in its order, on the CPU.
 
-        Lists of samples where they are not tensors or differ in shape. A third value from get_predictions comes third.
+        Each (samples, …), or a list of samples where they are not tensors or differ in shape.
         """
         batches = [send_to_device(parts, "cpu") for _, *parts in self._outputs(loader)]
         if self.shared:  # the processes took batches in turns
@@ -327,10 +324,7 @@ class TrainLoop:
         return {"parts": [part.state_dict() for part in self._parts()], "processes": gather_object([own])}
 
     def load_state_dict(self, state):
-        """Continue from what `state_dict` returned, in a loop with callbacks constructed in the same way.
-
-        Raises ValueError when the number of processes, optimizers or stateful callbacks differs.
-        """
+        """Continue from what `state_dict` returned. Raises ValueError for other processes, optimizers or callbacks."""
         if (count := len(state["processes"])) != self.accelerator.num_processes:
             raise ValueError(f"This training was begun with {count} processes and cannot go on with "
                              f"{self.accelerator.num_processes}: use as many, or another place for its checkpoints.")

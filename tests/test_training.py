@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from helpers import images
-from helpers.callbacks import EarlyStopping
 from helpers.chapters.evaluation import question_answering
 from helpers.training import Callback, CancelFit, TrainLoop
 
@@ -82,7 +81,8 @@ def test_weights_and_losses_are_those_of_a_plain_pytorch_loop_bit_for_bit():
 
     ours, seen = network(), Rates()
     optimizer = torch.optim.AdamW(ours.parameters(), lr=0.01)
-    loop = TrainLoop(ours, loader(data(), shuffle=True), optimizer=optimizer, criterion=criterion,
+    loop = TrainLoop(ours, loader(data(), shuffle=True), loader(data(seed=1)), optimizer=optimizer, criterion=criterion,
+                     metrics={"accuracy": MulticlassAccuracy(CLASSES)},  # validation does not change the training
                      scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=9))
     torch.manual_seed(1)
     history = loop.fit(3, [seen])
@@ -91,16 +91,11 @@ def test_weights_and_losses_are_those_of_a_plain_pytorch_loop_bit_for_bit():
     assert losses[-1] < losses[0]
 
 
-def test_validation_does_not_change_the_training():
-    without, with_it = make_loop(val=False), make_loop(metrics={"accuracy": MulticlassAccuracy(CLASSES)})
-    for loop in without, with_it:
-        torch.manual_seed(1)
-        loop.fit(2)
-    assert same_weights(without.model, with_it.model)
-
-
-def test_history_has_a_row_per_epoch_and_fit_again_continues_it():
-    loop = make_loop(metrics={"accuracy": MulticlassAccuracy(CLASSES, average="micro")})
+def test_history_has_a_row_per_epoch_and_two_fits_train_as_one_longer_fit():
+    whole, loop = (make_loop(metrics={"accuracy": MulticlassAccuracy(CLASSES, average="micro")}) for _ in range(2))
+    torch.manual_seed(1)
+    whole.fit(3)
+    torch.manual_seed(1)
     history = loop.fit(2)
     assert [row["epoch"] for row in history] == [1, 2]
     assert loop.fit(1) is loop.history and [row["epoch"] for row in loop.history] == [1, 2, 3]
@@ -108,20 +103,11 @@ def test_history_has_a_row_per_epoch_and_fit_again_continues_it():
         assert list(row) == ["epoch", "train_loss", "train_samples_per_second", "val_loss", "val_accuracy"]
         assert all(type(value) is (int if name == "epoch" else float) for name, value in row.items())
         assert row["train_samples_per_second"] > 0
+    drop = {"train_samples_per_second": None}
+    assert [row | drop for row in whole.history] == [row | drop for row in loop.history]
+    assert same_weights(whole.model, loop.model)
     last = loop.evaluate(loader(data(seed=1)))
     assert last == {name: loop.history[-1][f"val_{name}"] for name in ("loss", "accuracy")}
-
-
-def test_two_fits_train_as_one_longer_fit():
-    one, two = make_loop(), make_loop()
-    torch.manual_seed(1)
-    one.fit(3)
-    torch.manual_seed(1)
-    two.fit(2)
-    two.fit(1)
-    assert same_weights(one.model, two.model)
-    drop = {"train_samples_per_second": None}
-    assert [row | drop for row in one.history] == [row | drop for row in two.history]
 
 
 def test_steps_by_hand_in_ones_own_loop_do_what_fit_does():
@@ -342,18 +328,12 @@ def epoch(number, steps=3):
     return [f"before_epoch {number}", *step * steps, f"after_epoch {number}"]
 
 
-def test_callbacks_are_called_at_every_moment():
+def test_callbacks_are_called_at_every_moment_by_their_order_and_then_as_given():
     pages, loop = [], make_loop()
     loop.fit(2, [Diary(pages)])
     assert pages == ["before_fit 0", *epoch(1), *epoch(2), "after_fit 2"]
-    loop.fit(1)
-    assert len(pages) == 18
-
-
-def test_callbacks_run_by_their_order_and_then_as_given():
-    pages = []
-    make_loop().fit(1, [Diary(pages, "c ", 2), Diary(pages, "a ", -1), Diary(pages, "b ", 2), Callback()])
-    assert pages[:3] == ["a before_fit 0", "c before_fit 0", "b before_fit 0"]
+    loop.fit(1, [Diary(pages := [], "c ", 2), Diary(pages, "a ", -1), Diary(pages, "b ", 2), Callback()])
+    assert pages[:3] == ["a before_fit 2", "c before_fit 2", "b before_fit 2"]
 
 
 @pytest.mark.parametrize("cancel, rows", [
@@ -376,20 +356,6 @@ def test_another_error_of_a_callback_is_told_to_all_and_not_swallowed(error):
     with pytest.raises(error):
         make_loop().fit(1, [Broken(), Diary(pages)])
     assert pages[-1] == "after_error 1"
-
-
-@pytest.mark.parametrize("monitor, values, epochs", [
-    ("val_loss", [3, 2, 2.5, 2.1, 1, 1], 4), ("val_loss", [3, 2, 2.5, 1, 1.5, 0.5], 6),
-    ("val_loss", [1, 1, 1, 1, 1, 1], 3),
-    ("val_accuracy", [0.1, 0.5, 0.4, 0.6, 0.6, 0.6], 6), ("val_accuracy", [0.5, 0.4, 0.3, 0.9, 1, 1], 3)])
-def test_early_stopping_waits_for_something_better(monitor, values, epochs):
-    class Script(Callback):
-        order = -1
-
-        def after_epoch(self, loop):
-            loop.history[-1][monitor] = values[len(loop.history) - 1]
-
-    assert len(make_loop(val=False).fit(6, [EarlyStopping(monitor, patience=2), Script()])) == epochs
 
 
 def test_the_progress_bar_shows_epoch_loss_and_samples_per_second(capsys):
