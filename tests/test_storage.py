@@ -249,6 +249,9 @@ def test_connect_uses_the_standard_environment_starts_nothing_and_takes_new_sett
         connect(env)
         assert storage.client().meta.endpoint_url == env["AWS_ENDPOINT_URL"] and len(storage._servers) == servers
         assert capfd.readouterr().out == f"S3 at {env['AWS_ENDPOINT_URL']}\n"
+    del os.environ["AWS_DEFAULT_REGION"]
+    connect({"AWS_REGION": "eu-9"})
+    assert storage.client().meta.region_name == boto3.Session().region_name == "eu-9"
 
 
 @pytest.mark.parametrize("profile", ["default", "mine"])
@@ -262,11 +265,6 @@ def test_connect_uses_a_profile(profile, embedded_env, tmp_path):
     put(url := new_bucket(), PETS)
     assert sorted(storage.objects(url)) == sorted(PETS)
     assert storage.client().meta.region_name == os.environ["AWS_REGION"] == "eu-central-1"
-
-
-def test_connect_needs_no_more_than_one_region_variable(embedded_env):
-    connect({name: value for name, value in embedded_env.items() if name != "AWS_DEFAULT_REGION"}, AWS_REGION="eu-9")
-    assert storage.client().meta.region_name == boto3.Session().region_name == "eu-9"
 
 
 def test_libraries_work_without_arguments_after_connect(s3):
@@ -290,9 +288,9 @@ with fsspec.open(f"s3://{bucket}/a") as file:
     assert content(s3).items() >= digests({"a": b"boto3", "b": b"s3fs", "c": b"obstore"}).items()
 
 
-def test_without_settings_an_embedded_server_starts_keeps_its_secret_and_survives_an_interrupted_notebook(tmp_path):
+def test_an_embedded_server_keeps_its_secret_and_its_data_survives_an_interrupt_and_ends_with_its_process(tmp_path):
     nowhere = f"http://127.0.0.1:{free_port()}"  # a proxy behind which it is not looked for
-    with owner(tmp_path, HTTP_PROXY=nowhere, http_proxy=nowhere) as (process, line, env):
+    with owner(tmp_path, HTTP_PROXY=nowhere, http_proxy=nowhere) as (process, line, env), owner(tmp_path) as other:
         assert env["AWS_ENDPOINT_URL"] in line and "embedded server over .s3/" in line
         assert env["AWS_SECRET_ACCESS_KEY"] not in line
         commands = ""
@@ -303,33 +301,19 @@ def test_without_settings_an_embedded_server_starts_keeps_its_secret_and_survive
         os.killpg(process.pid, signal.SIGINT)
         assert process.stdout.readline() == "interrupted\n"
         connect(env)
-        put(new_bucket(), PETS)
-
-
-@pytest.mark.parametrize("how", ["SIGKILL", "normal exit"])
-def test_the_embedded_server_ends_with_its_process_and_the_next_one_finds_what_was_stored(how, tmp_path):
-    with owner(tmp_path) as (process, _, env):
-        connect(env)
         put(url := new_bucket(), PETS)
-        process.kill() if how == "SIGKILL" else process.stdin.close()
-        assert soon(lambda: not listening(urllib.parse.urlsplit(env["AWS_ENDPOINT_URL"]).port), 5)
-        assert process.wait() == (-signal.SIGKILL if how == "SIGKILL" else 0)
-    if how != "SIGKILL":
-        connect(storage.serve(tmp_path / ".s3"))
-        assert content(url) == digests(PETS)
-
-
-def test_two_processes_at_once_see_each_others_objects(tmp_path):
-    with owner(tmp_path) as (_, _, one), owner(tmp_path) as (_, _, two):
-        connect(one)
-        put(url := new_bucket(), {"cats/0.png": b"x"})
-        for env, other, name in (one, two, "cats/1.png"), (two, one, "cats/2.png"):
-            connect(other)
-            assert soon(lambda: url[5:] in storage.buckets() and listed(url), 2)  # its cache holds the folder now
-            connect(env)
-            put(url, {name: b"y"})
-            connect(other)
-            assert soon(lambda: name in listed(url), 2)
+        connect(other[2])  # another notebook over the same folder sees what is new there, now that its cache holds it
+        assert soon(lambda: url[5:] in storage.buckets() and listed(url), 2)
+        connect(env)
+        put(url, {"cats/3.png": b"three"})
+        connect(other[2])
+        assert soon(lambda: "cats/3.png" in listed(url), 2)
+        process.kill(), other[0].stdin.close()
+        for settings in env, other[2]:
+            assert soon(lambda: not listening(urllib.parse.urlsplit(settings["AWS_ENDPOINT_URL"]).port), 5)
+        assert (process.wait(), other[0].wait()) == (-signal.SIGKILL, 0)
+    connect(storage.serve(tmp_path / ".s3"))
+    assert content(url) == digests(PETS | {"cats/3.png": b"three"})
 
 
 def test_a_forked_process_works_or_says_why_it_cannot_go_on_and_does_not_hang(s3):
@@ -385,34 +369,13 @@ def test_a_slow_link_is_not_taken_for_a_silent_one(s3, monkeypatch, tmp_path):
     """The transfers take longer than the longest silence; the buffers of the system hold about a second of them."""
     (tmp_path / "slow").write_bytes(random.randbytes(16 * MB))
     monkeypatch.setattr(storage, "SILENCE", 2.5)
+    monkeypatch.setattr(zips, "PART", 16 * MB)
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"], speed=4 * MB) as proxy:
         connect({"AWS_ENDPOINT_URL": proxy.url})
         begin, requests = time.monotonic(), proxy.requests
         zips.upload(tmp_path / "slow", s3)
         get_with_obstore(f"{s3}/slow")
         assert time.monotonic() - begin > 6 and proxy.requests == requests + 3  # list, put, get: nothing is repeated
-
-
-def test_a_silent_server_is_given_up(moto_env, monkeypatch):
-    monkeypatch.setattr(storage, "SILENCE", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        os.environ.update({**moto_env, "AWS_MAX_ATTEMPTS": "2"})
-        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        storage.forget_connection()
-        with refused("Nothing answers"):
-            storage.buckets()
-
-
-def test_https_with_a_certificate_authority_of_ones_own(odd_env, tmp_path):
-    with refused("CERTIFICATE_VERIFY_FAILED"):
-        connect({name: value for name, value in odd_env.items() if name != "AWS_CA_BUNDLE"})
-    connect(odd_env)
-    url = new_bucket()
-    zips.upload(folder(tmp_path / "pets", PETS), url)
-    assert list(storage.objects(url)) == storage.list_files(url) == sorted(PETS)
-    for get in GETS:
-        get(f"{url}/cats/1.png")
-    storage.delete_bucket(storage.parse(url)[0], contents=True)
 
 
 @pytest.mark.parametrize("how", ["unsigned", "requester pays"])
@@ -479,20 +442,17 @@ def test_a_bucket_is_created_in_its_region(endpoint, region, monkeypatch):
 
 
 @every
-def test_a_bucket_may_be_created_twice_and_is_listed(s3):
-    name = storage.parse(s3)[0]
-    put(s3, PETS)
+def test_a_bucket_may_be_created_twice_and_is_deleted_when_it_is_empty_and_objects_only_under_the_prefix(s3):
+    name, others = storage.parse(s3)[0], {"cats-and-dogs/1.png": b"3", "cat": b"4", "cats.txt": b"5"}
+    put(s3, {"cats/1.png": b"1", "cats/2.png": b"2", **others})
     storage.create_bucket(name)
-    assert name in storage.buckets() and sorted(storage.objects(s3)) == sorted(PETS)
-
-
-@every
-def test_a_bucket_that_holds_objects_is_not_deleted(s3):
-    put(s3, PETS)
-    name = storage.parse(s3)[0]
     with refused(name, "not empty", "contents=True"):
         storage.delete_bucket(name)
-    assert content(s3) == digests(PETS)
+    assert name in storage.buckets() and len(storage.objects(s3)) == 5
+    storage.delete(f"{s3}/cats")
+    assert sorted(listed(s3)) == sorted(others)
+    storage.delete(f"{s3}/cats.txt")
+    assert sorted(listed(s3)) == ["cat", "cats-and-dogs/1.png"]
     storage.delete(s3)
     storage.delete_bucket(name)
     assert name not in storage.buckets()
@@ -510,15 +470,6 @@ def test_2100_objects_are_deleted_in_batches(s3, served_folder):
         assert proxy.requests < 12
     connect({"AWS_ENDPOINT_URL": server})
     assert name not in storage.buckets()
-
-
-@every
-def test_delete_takes_only_what_is_under_the_prefix(s3):
-    put(s3, {"cats/1.png": b"1", "cats/2.png": b"2", "cats-and-dogs/1.png": b"3", "cat": b"4", "cats.txt": b"5"})
-    storage.delete(f"{s3}/cats")
-    assert sorted(listed(s3)) == ["cat", "cats-and-dogs/1.png", "cats.txt"]
-    storage.delete(f"{s3}/cats.txt")
-    assert sorted(listed(s3)) == ["cat", "cats-and-dogs/1.png"]
 
 
 # ----------------------------------------------------------------------------------------------------------- upload
@@ -578,72 +529,70 @@ def test_a_large_file_goes_in_parts_and_is_skipped_the_second_time(s3, small_par
     assert zips.upload(tmp_path, s3) == {"uploaded": 1, "skipped": 0}
 
 
-def test_what_is_unchanged_is_skipped_where_etags_are_no_checksums(odd_env, small_parts, tmp_path):
-    """As in a bucket that is encrypted with KMS."""
-    archive = zipped(tmp_path / "pets.zip", members := images(cats=9) | {"cats/large": random.randbytes(6 * MB)})
+def test_a_store_with_an_authority_of_its_own_and_etags_that_are_no_checksums(odd_env, small_parts, tmp_path):
+    """The second as in a bucket that is encrypted with KMS: what is unchanged is skipped all the same."""
+    with refused("CERTIFICATE_VERIFY_FAILED"):
+        connect({name: value for name, value in odd_env.items() if name != "AWS_CA_BUNDLE"})
+    archive = zipped(tmp_path / "pets.zip", members := images(cats=9) | {"cats/large": random.randbytes(9 * MB)})
     connect(odd_env)
     url = new_bucket()
     for expected in "uploaded", "skipped":
         assert zips.upload(folder(tmp_path / "pets", members), f"{url}/pets")[expected] == 10
         assert zips.unzip(archive, url)[expected] == 10
         assert zips.split_classes(url) == {"train": 7, "val": 2, "test": 1}
-    changed = members | {"cats/000.png": b"CATS 0", "cats/large": random.randbytes(6 * MB)}
+    changed = members | {"cats/000.png": b"CATS 0", "cats/large": random.randbytes(9 * MB)}
     assert zips.upload(folder(tmp_path / "pets", changed), f"{url}/pets") == {"uploaded": 2, "skipped": 8}
+    assert list(storage.objects(f"{url}/pets")) == storage.list_files(f"{url}/pets") == sorted(members)
+    for get in GETS:
+        get(f"{url}/pets/cats/001.png")
+    storage.delete_bucket(storage.parse(url)[0], contents=True)
 
 
 @pytest.mark.slow
-def test_a_file_larger_than_memory_is_uploaded(s3, tmp_path):
-    with open(tmp_path / "sparse", "wb") as file:
-        file.truncate(600 * MB)
+def test_a_zip_larger_than_memory_is_uploaded_and_unzipped(s3, tmp_path):
+    with zipfile.ZipFile(tmp_path / "large.zip", "w") as archive:
+        for i in range(12):
+            archive.writestr(f"class{i % 3}/{i}", bytes([i]) * (50 * MB))
     code = """
 import sys
 from helpers.chapters import zips
-zips.upload(*sys.argv[1:])""" + PEAK
-    assert int(finish(code, tmp_path / "sparse", s3, env=aws())) < 350
-    assert listed(s3)["sparse"][0] == 600 * MB
+zips.upload(sys.argv[1], sys.argv[2])
+zips.unzip(sys.argv[2] + "/large.zip", sys.argv[2])""" + PEAK
+    assert int(finish(code, tmp_path / "large.zip", s3, env=aws(), seconds=400)) < 400
+    assert {name: size for name, (size, *_) in listed(f"{s3}/raw").items()} == {
+        f"class{i % 3}/{i}": 50 * MB for i in range(12)}
+    assert content(f"{s3}/raw/class1")["4"] == hashlib.sha256(bytes([4]) * (50 * MB)).hexdigest()
+    storage.delete(s3)
 
 
 # ------------------------------------------------------------------------------------------------------------ unzip
 
 READY = {f"{part}/{name}": data + part.encode() for part in storage.SPLITS for name, data in PETS.items()}
 LAYOUTS = [("classes", "raw/", top, PETS) for top in ("", "pets/", "train/", "./", "pets\\")]  # at the root, in a folder
-LAYOUTS += [("split", "", top, READY) for top in ("", "pets/")]
+LAYOUTS += [("split", "", top, READY) for top in ("", "pets/")]  # and what others call val
+LAYOUTS += [("split", "", name, READY) for name in ("valid", "validation")]
 
 
 @pytest.mark.parametrize("kind, target, top, members", LAYOUTS)
 def test_unzip_knows_the_layouts(s3, kind, target, top, members, tmp_path):
-    separator = "\\" if "\\" in top else "/"
-    archive = {f"{top}{name}".replace("/", separator): data for name, data in members.items()}
-    archive[f"{top}cats{separator}"] = b""
+    folder, separator = "" if "val" in top else top, "\\" if "\\" in top else "/"
+    archive = {f"{folder}{name}".replace("/", separator): data for name, data in members.items()}
+    if "val" in top:
+        archive = {name.replace("val/", f"{top}/"): data for name, data in archive.items()}
+    archive[f"{folder}cats{separator}"] = b""
     out = zips.unzip(zipped(tmp_path / "pets.zip", archive), s3)
     assert out == {"layout": kind, "uploaded": len(members), "skipped": 0, "ignored": 1}
     assert content(s3) == digests({f"{target}{name}": data for name, data in members.items()})
 
 
-def test_unzip_knows_other_names_of_val(s3, tmp_path):
-    archive = {f"{['valid', 'validation']['2' in name]}/{name[4:]}" if name.startswith("val/") else name: data
-               for name, data in READY.items()}
-    zips.unzip(zipped(tmp_path / "pets.zip", archive), s3)
-    assert content(s3) == digests(READY)
-
-
-def test_unzip_says_what_it_ignores(s3, tmp_path, capsys):
+def test_unzip_says_what_it_ignores_and_again_skips_what_is_there(s3, tmp_path, capsys):
     rest = ["cats/", "dogs/", "__MACOSX/cats/._1.png", "cats/.DS_Store", ".git/config", "cats/Icon\r", "README.txt"]
-    out = zips.unzip(zipped(tmp_path / "pets.zip", PETS | dict.fromkeys(rest, b"")), s3)
-    assert out == {"layout": "classes", "uploaded": 3, "skipped": 0, "ignored": 7}
+    archive = zipped(tmp_path / "pets.zip", PETS | dict.fromkeys(rest, b""))
+    for uploaded in 3, 0:
+        out = zips.unzip(archive, s3)
+        assert out == {"layout": "classes", "uploaded": uploaded, "skipped": 3 - uploaded, "ignored": 7}
     assert "3 files, ignored: 2 folders, 4 hidden files, 1 files outside class folders" in capsys.readouterr().out
     assert sorted(listed(s3)) == sorted(f"raw/{name}" for name in PETS)
-
-
-@every
-def test_unzip_again_skips_what_is_there(s3, tmp_path):
-    archive = zipped(tmp_path / "pets.zip", PETS)
-    zips.unzip(archive, s3)
-    before = listed(s3)
-    assert zips.unzip(archive, s3)["skipped"] == 3
-    assert listed(s3) == before
-    zips.unzip(zipped(archive, PETS | {"cats/1.png": b"CAT ONE"}), s3)
-    assert content(f"{s3}/raw") == digests(PETS | {"cats/1.png": b"CAT ONE"})
 
 
 def test_unzip_reads_from_s3_and_writes_nothing_to_the_disk(s3, small_parts, tmp_path):
@@ -659,24 +608,6 @@ print(zips.unzip(*sys.argv[1:])["uploaded"])"""
     assert content(f"{s3}/raw") == digests(members)
 
 
-@pytest.mark.slow
-def test_a_zip_larger_than_memory_is_unzipped(s3, served_folder, tmp_path):
-    with zipfile.ZipFile(tmp_path / "large.zip", "w") as archive:
-        for i in range(12):
-            archive.writestr(f"class{i % 3}/{i}", bytes([i]) * (40 * MB))
-    (tmp_path / "large.zip").rename(served_folder / storage.parse(s3)[0] / "large.zip")
-    assert soon(lambda: "large.zip" in listed(s3), 5)
-    code = """
-import sys
-from helpers.chapters import zips
-zips.unzip(*sys.argv[1:])""" + PEAK
-    assert int(finish(code, f"{s3}/large.zip", s3, env=aws(), seconds=400)) < 350
-    assert {name: size for name, (size, *_) in listed(f"{s3}/raw").items()} == {
-        f"class{i % 3}/{i}": 40 * MB for i in range(12)}
-    assert content(f"{s3}/raw/class1")["4"] == hashlib.sha256(bytes([4]) * (40 * MB)).hexdigest()
-    storage.delete(s3)
-
-
 def encrypted(data):
     """The zip with its last member marked as encrypted, in both headers."""
     data = bytearray(data)
@@ -687,24 +618,17 @@ def encrypted(data):
 
 REFUSALS = {  # members besides PETS (None: none at all), what is then done to the zip's bytes, and what the error names
     "../": ([("../evil.png", b"x")], None, "../evil.png"),
-    "../ further in": ([("cats/../../evil.png", b"x")], None, "cats/../../evil.png"),
     "absolute": ([("/evil.png", b"x")], None, "/evil.png"),
-    "drive": ([("C:\\evil.png", b"x")], None, "C:/evil.png"),
     "backslash": ([("cats\\..\\..\\evil.png", b"x")], None, "cats/../../evil.png"),
     "control character": ([("cats/a\tb.png", b"x")], None, "a\\tb.png"),
     "encrypted": ([("cats/locked.png", b"x")], encrypted, "cats/locked.png"),
     "bomb": ([("cats/bomb.png", bytes(3 * MB))], None, "cats/bomb.png"),
-    "twice": ([("cats/1.png", b"x")], None, "cats/1.png"),
     "twice, with a backslash": ([("cats\\1.png", b"x")], None, "cats/1.png"),
     "cut off at its end": ([], lambda data: data[:-30], "cut off"),
-    "cut off in the middle": ([], lambda data: data[:len(data) // 2], "cut off"),
     "not a zip": ([], lambda data: b"<html>no zip</html>", "not a zip"),
-    "empty": ([], lambda data: b"", "not a zip"),
     "too much in all": ([("cats/huge.png", random.randbytes(5000))], None, "5,021 bytes"),
     "files only": ([("1.png", b"x"), ("2.png", b"x")], None, "no class folders"),
-    "nothing only": ([], None, "no class folders"),
     "train and test only": ([("train/cats/1", b"x"), ("test/cats/1", b"x")], None, "no val"),
-    "val and test only": ([("val/a/1", b"x"), ("test/a/1", b"x")], None, "no train"),
 }
 
 
@@ -761,14 +685,15 @@ def copies(url):
     return {name: digest for part in storage.SPLITS for name, digest in content(f"{url}/{part}/").items()}
 
 
-def test_split_depends_on_the_seed_only(s3):
+@moto
+def test_split_depends_on_the_seed_only_and_takes_class_folders_only(s3):
     for prefix, seed in ("a", 0), ("b", 0), ("c", 1):
-        put(f"{s3}/{prefix}/raw", images(cats=20, dogs=10))
-        zips.split_classes(f"{s3}/{prefix}", seed=seed)
+        put(f"{s3}/{prefix}/raw", {**images(cats=20, dogs=10), "loose.png": b"x", "cats/": b""})
+        assert sum(zips.split_classes(f"{s3}/{prefix}", seed=seed).values()) == 30
     assert parts(f"{s3}/a") == parts(f"{s3}/b") != parts(f"{s3}/c")
+    assert {name.split("/")[0] for names in parts(f"{s3}/a").values() for name in names} == {"cats", "dogs"}
 
 
-@every
 def test_split_otherwise_is_refused(s3):
     put(f"{s3}/raw", images(cats=10))
     zips.split_classes(s3)
@@ -780,23 +705,15 @@ def test_split_otherwise_is_refused(s3):
     put(f"{s3}/raw", {"cats/003.png": b"CAT 3"})
     with refused(s3, "other images:"):
         zips.split_classes(s3)
-
-
-def test_split_does_not_mix_with_what_lies_in_train(s3):
-    put(s3, {"train/cats/stray.png": b"x", **{f"raw/{name}": data for name, data in images(cats=10).items()}})
+    storage.delete(f"{s3}/split.json")  # what lies in train, val and test now is strange to the plan
     with refused(s3, "images", "/train"):
-        zips.split_classes(s3)
-    assert len(listed(s3)) == 11
-
-
-def test_split_completes_what_was_cut_off(s3):
-    put(f"{s3}/raw", images(cats=10, dogs=6))
-    zips.split_classes(s3)
-    before = content(s3)
-    for name in [name for name in before if name.startswith(storage.SPLITS)][::2]:
-        storage.delete(f"{s3}/{name}")
-    zips.split_classes(s3)
-    assert content(s3) == before
+        zips.split_classes(s3, seed=1)
+    assert listed(s3).keys() == before.keys() - {"split.json"}
+    for ratios in (0.5, 0.5, 0), (0.5, 0.3, 0.3), (0.5, 0.5):
+        with refused("ratios", str(ratios)):
+            zips.split_classes(s3, ratios)
+    with refused(f"{s3}/none/raw", "nothing to split"):
+        zips.split_classes(f"{s3}/none")
 
 
 @pytest.mark.parametrize("count, expected", [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (2, 0, 1))])
@@ -806,33 +723,6 @@ def test_split_takes_tiny_classes(s3, count, expected):
         counts = zips.split_classes(s3)
     assert len(caught) == 1 and tuple(counts.values()) == tuple(a + b for a, b in zip(expected, (4, 1, 1)))
     assert sum(map(len, parts(s3).values())) == count + 6
-
-
-@moto
-def test_split_takes_class_folders_only(s3):
-    put(f"{s3}/raw", {**images(cats=6, dogs=6), "loose.png": b"x", "cats/": b""})
-    assert sum(zips.split_classes(s3).values()) == 12
-    assert {name.split("/")[0] for names in parts(s3).values() for name in names} == {"cats", "dogs"}
-
-
-def test_split_needs_ratios_and_images(s3):
-    for ratios in (0.5, 0.5, 0), (0.5, 0.3, 0.3), (0.5, 0.5):
-        with refused("ratios", str(ratios)):
-            zips.split_classes(s3, ratios)
-    with refused(f"{s3}/raw", "nothing to split"):
-        zips.split_classes(s3)
-
-
-def test_split_works_without_copy_and_says_so_once(s3, capsys):
-    put(f"{s3}/raw", images(cats=20))
-    server = os.environ["AWS_ENDPOINT_URL"]
-    with fault_proxy(server, no_copy=True) as proxy:
-        connect({"AWS_ENDPOINT_URL": proxy.url})
-        zips.split_classes(s3)
-        assert proxy.copies_refused
-    assert capsys.readouterr().out.count("no CopyObject") == 1
-    connect({"AWS_ENDPOINT_URL": server})
-    assert copies(s3) == content(f"{s3}/raw")
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
@@ -858,10 +748,16 @@ def get_with_s3fs(url):
 GETS = [get_with_boto3, get_with_obstore, get_with_s3fs]
 
 
-def test_nothing_answers(moto_env):
+def test_nothing_answers_or_only_silence(moto_env, monkeypatch):
     url = f"http://127.0.0.1:{free_port()}"
     with refused("Nothing answers", url, "AWS_ENDPOINT_URL"):
         connect(moto_env, AWS_ENDPOINT_URL=url)
+    monkeypatch.setattr(storage, "SILENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        os.environ.update(AWS_MAX_ATTEMPTS="2", AWS_ENDPOINT_URL=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        storage.forget_connection()
+        with refused("Nothing answers"):
+            storage.buckets()
 
 
 @pytest.mark.parametrize("wrong", [{"AWS_ENDPOINT_URL": "localhost:9000"}, {"AWS_PROFILE": "nobody"}])
@@ -884,13 +780,16 @@ def test_a_wrong_key_is_refused(s3, name):
 
 
 @every
-def test_what_is_missing_is_named(s3):
+def test_what_is_missing_is_named(s3, tmp_path):
     for act in (storage.objects, storage.delete, zips.split_classes, lambda url: zips.upload(__file__, url),
                 lambda url: storage.delete_bucket(storage.parse(url)[0]), lambda url: zips.unzip(f"{url}/a.zip", url),
                 *GETS):
         url = f"s3://missing-{secrets.token_hex(4)}"
         with refused(storage.parse(url)[0], os.environ["AWS_ENDPOINT_URL"], "check the name", kind=storage.NotFound):
             act(f"{url}/a" if act in GETS else url)
+    for act in zips.upload, zips.unzip:
+        with refused(str(tmp_path / "missing.zip"), "check the path"):
+            act(tmp_path / "missing.zip", s3)
     for act in lambda url: zips.unzip(url, url), *GETS:
         with refused(f"{s3}/pets.zip", os.environ["AWS_ENDPOINT_URL"], "check the name", kind=storage.NotFound):
             act(f"{s3}/pets.zip")
@@ -912,12 +811,6 @@ def test_what_belongs_to_somebody_else_is_refused(s3, ceph_env):
         storage.create_bucket(storage.parse(s3)[0])
     connect(ceph_env)
     assert content(s3) == digests(PETS)
-
-
-def test_a_missing_file_is_named(s3, tmp_path):
-    for act in zips.upload, zips.unzip:
-        with refused(str(tmp_path / "missing.zip"), "check the path"):
-            act(tmp_path / "missing.zip", s3)
 
 
 def test_what_is_no_s3_url_is_refused():
@@ -943,7 +836,7 @@ def test_secrets_are_redacted(name, value, text, shown, monkeypatch):
 
 
 @moto
-def test_everything_gets_through_all_faults_at_once(s3, small_parts, tmp_path):
+def test_everything_gets_through_all_faults_at_once(s3, small_parts, tmp_path, capsys):
     members = images(cats=6) | {"dogs/large.bin": random.randbytes(11 * MB)}
     zipped(tmp_path / "pets.zip", members)
     server = os.environ["AWS_ENDPOINT_URL"]
@@ -954,6 +847,7 @@ def test_everything_gets_through_all_faults_at_once(s3, small_parts, tmp_path):
         with pytest.warns(UserWarning, match="too few"):
             zips.unzip(f"{s3}/pets.zip", f"{s3}/pets")
             zips.split_classes(f"{s3}/pets")
+        assert capsys.readouterr().out.count("no CopyObject") == 1
         assert proxy.slow_downs and proxy.resets and proxy.truncations and proxy.copies_refused
         connect({"AWS_ENDPOINT_URL": server})
         assert content(f"{s3}/folder") == content(f"{s3}/pets/raw") == copies(f"{s3}/pets") == digests(members)
@@ -975,8 +869,9 @@ def killed(code, *arguments, requests):
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("s3, requests", [("embedded", 20), ("moto", 36)], indirect=["s3"])
-def test_an_unzip_that_was_killed_is_completed(s3, requests, small_parts, tmp_path):
+@pytest.mark.parametrize("requests", [20, 36])
+@moto
+def test_an_unzip_that_was_killed_is_completed(s3, requests, tmp_path):
     """In the midst of the small ones, and of the parts of the large one."""
     members = {f"cats/{i}.bin": random.randbytes(20_000) for i in range(30)} | {"cats/large": random.randbytes(26 * MB)}
     archive = zipped(tmp_path / "cats.zip", members)
