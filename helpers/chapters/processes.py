@@ -37,13 +37,24 @@ def end_with_parent(parent):
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
+CHILD = """import json, sys
+from helpers.chapters import processes
+processes.run_process(**json.loads(sys.argv[1]))"""
+
+
+def first_error(folder, rank, failure):
+    messages = [path.read_text() for path in sorted(Path(folder).iterdir())]
+    messages.sort(key=lambda text: "closed by peer" in text)  # others may notice before the process itself has ended
+    return messages[0] if messages else (f"process {rank}: ended with exit code {failure.exitcode} "
+                                         "(-9: killed, often for lack of memory)")
+
+
 def torchrun_options(processes, nodes=1, node_rank=0, rendezvous=None):
     """The options of torchrun for so many processes on each of so many machines."""
     host, _, port = (rendezvous or "").rpartition(":")
     place = ["--standalone"] if nodes == 1 else [
         f"--nnodes={nodes}", f"--node-rank={node_rank}", f"--master-addr={host}", f"--master-port={port}"]
     return [*place, f"--nproc-per-node={processes}", "--no-python"]
-
 
 def run_on_processes(notebook, target, parameters, **options):
     """Like run_papermill, on several processes; options: of `torchrun_options`. Raises RunError: the first error."""
@@ -63,17 +74,6 @@ def run_on_processes(notebook, target, parameters, **options):
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):  # torchrun leaves its own handlers
                 signal.signal(number, signal.default_int_handler)
-
-CHILD = """import json, sys
-from helpers.chapters import processes
-processes.run_process(**json.loads(sys.argv[1]))"""
-
-
-def first_error(folder, rank, failure):
-    messages = [path.read_text() for path in sorted(Path(folder).iterdir())]
-    messages.sort(key=lambda text: "closed by peer" in text)  # others may notice before the process itself has ended
-    return messages[0] if messages else (f"process {rank}: ended with exit code {failure.exitcode} "
-                                         "(-9: killed, often for lack of memory)")
 
 def choose_execution(given):
     """The options of run_notebooks for what the command line says. Raises ValueError for what does not fit together."""

@@ -50,6 +50,7 @@ def prepare_notebook(notebook, parameters, bucket):
         raise ValueError(f"the notebook and its parameters show {', '.join(sorted(leaked))}: remove it")
     return prepared
 
+
 def check_reachable():
     """Raises StorageError where S3 is on this machine and EC2 is not."""
     ec2, s3 = (client.meta.endpoint_url for client in (boto3.client("ec2"), storage.client()))
@@ -60,10 +61,9 @@ def check_reachable():
 
 def find_missing(machine):
     """What a machine names that the account does not have, such as ["key pair laptop"]."""
-    ec2, iam = boto3.client("ec2"), boto3.client("iam")
+    ec2, find_profile = boto3.client("ec2"), boto3.client("iam").get_instance_profile
     wanted = {"image": (machine.image_id, lambda name: ec2.describe_images(ImageIds=[name])),
-              "instance profile": (machine.instance_profile,
-                                   lambda name: iam.get_instance_profile(InstanceProfileName=name)),
+              "instance profile": (machine.instance_profile, lambda name: find_profile(InstanceProfileName=name)),
               "key pair": (machine.key_name, lambda name: ec2.describe_key_pairs(KeyNames=[name])),
               "security group": (machine.security_group, lambda name: ec2.describe_security_groups(GroupIds=[name]))}
     missing = []
@@ -91,11 +91,11 @@ def bundle_source():
                 archive.add(path, name)
     return data.getvalue()
 
+
 def store_job(bucket, name, prepared):
     """Put notebook and source to s3://{bucket}/jobs/{name}/{time}; returns that URL."""
-    source = bundle_source()
+    job, source = f"s3://{bucket}/jobs/{name}/{datetime.now(timezone.utc):%Y-%m-%dT%H-%M-%S.%f}", bundle_source()
     storage.create_bucket(bucket)
-    job = f"s3://{bucket}/jobs/{name}/{datetime.now(timezone.utc):%Y-%m-%dT%H-%M-%S.%f}"
     storage.write(f"{job}/{name}.ipynb", nbformat.writes(prepared).encode())
     storage.write(f"{job}/source.tar.gz", source)
     return job
@@ -120,7 +120,7 @@ def make_request(machine, job, name, user_data):
     device = image["RootDeviceName"]
     sizes = {each["DeviceName"]: each.get("Ebs", {}).get("VolumeSize", 0) for each in image["BlockDeviceMappings"]}
     disk = {"VolumeSize": max(machine.disk_gb, sizes.get(device, 0)), "DeleteOnTermination": True}
-    tags = [{"Key": key, "Value": value} for key, value in (("Name", name), ("Project", PROJECT), ("Job", job))]
+    tags = [{"Key": key, "Value": value} for key, value in dict(Name=name, Project=PROJECT, Job=job).items()]
     spot = {"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}}
     options = {"KeyName": machine.key_name, "SecurityGroupIds": machine.security_group and [machine.security_group],
                "InstanceMarketOptions": spot if machine.spot else None}
@@ -187,8 +187,8 @@ def logs(instance_id):
 def terminate(instance_id):
     """Terminate one of our machines now; returns its state."""
     find_instances(instance_id)
-    ended = boto3.client("ec2").terminate_instances(InstanceIds=[instance_id])
-    return ended["TerminatingInstances"][0]["CurrentState"]["Name"]
+    [ended] = boto3.client("ec2").terminate_instances(InstanceIds=[instance_id])["TerminatingInstances"]
+    return ended["CurrentState"]["Name"]
 
 def make_parser():
     parser = argparse.ArgumentParser(prog="python -m helpers rent", description="Run a notebook on a rented machine.")
