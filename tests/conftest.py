@@ -14,7 +14,7 @@ import pytest  # noqa: E402
 
 from helpers import storage  # noqa: E402
 from servers import ceph, moto  # noqa: E402
-from servers.embedded import connected  # noqa: E402
+from servers.embedded import cleaned, connected  # noqa: E402
 
 
 # What AWS offers is read from its large files once, not at each connection, where it takes 0.2 s of the processor.
@@ -41,6 +41,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"left out: {count} tests, {reason.removeprefix('Skipped: ')}")
     if any("not installed here" in str(report.longrepr[2]) for report in skipped):
         terminalreporter.write_line("to have those: .ci/run installs what they need (Debian's packages)")
+
+
+@pytest.fixture
+def clean_environment():
+    """No setting of the person who runs the tests gets in, none of a test gets out."""
+    with cleaned():
+        yield
 
 
 @pytest.fixture(scope="session")

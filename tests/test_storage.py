@@ -42,6 +42,7 @@ NULL = {"AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_CONFIG_FILE": os.devnull
 FAULTS = {"slow_down_every": 5, "reset_every": 7, "truncate_every": 5, "no_copy": True}
 WRONG = secrets.token_hex(20)
 LIGHT = 5 * MB  # the smallest part that S3 takes
+pytestmark = pytest.mark.usefixtures("clean_environment")
 PETS = {"cats/1.png": b"cat one", "cats/2.png": b"cat two", "dogs/1.png": b"dog one"}
 
 # Prints the most memory that a process has used, in MB (getrusage counts that of the process that started it, too).
@@ -63,19 +64,6 @@ sys.stdin.read()
 
 
 # ---------------------------------------------------------------------------------------------- servers and helpers
-
-
-@pytest.fixture(autouse=True)
-def clean_environment():
-    """No setting of the person who runs the tests gets in, none of a test gets out."""
-    before = dict(os.environ)
-    for name in before:
-        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
-            del os.environ[name]
-    os.environ.update(NULL)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

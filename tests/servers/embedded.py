@@ -7,17 +7,27 @@ from helpers import storage
 
 
 @contextlib.contextmanager
-def connected(env):
-    """Connect to a server as long as the block lasts; no setting of the person who runs the tests gets in."""
+def cleaned():
+    """No setting of the person who runs the tests gets in, and none that is made within gets out."""
     before = dict(os.environ)
     for name in before:
         if name.startswith("AWS_") or name.lower().endswith("_proxy"):
             del os.environ[name]
-    os.environ |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, **env}
+    os.environ |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
     try:
-        storage.connect()
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def connected(env):
+    """Connect to a server as long as the block lasts."""
+    try:
+        with cleaned():
+            os.environ |= env
+            storage.connect()
+            yield
+    finally:
         storage.forget_connection()
