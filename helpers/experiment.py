@@ -148,7 +148,7 @@ class Run:
     def finish(self, results):
         """Results as metrics.json, report.html, then the manifest, the list of all files: the run is complete."""
         self._write("code.py", _code())
-        self._write("metrics.json", json.dumps(results, indent=1).encode())
+        self._write("metrics.json", redact(json.dumps(results, indent=1))[0].encode())
         if storage.is_first_process():
             self._write("report.html", _render_report(self.url))
         manifest = {"started": self.started.isoformat(), "finished": datetime.now(timezone.utc).isoformat(),
