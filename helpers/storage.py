@@ -243,10 +243,8 @@ _SENTENCES = {  # by the codes of servers and libraries
 
 
 def retry(call):
-    """Call, and again for 13 seconds while the connection breaks or the server is busy, unless the program has ended.
-
-    The one rule for obstore's requests and for boto3's bodies; boto3 repeats what goes wrong before those by itself.
-    """
+    """Call, and again for 13 seconds while the connection breaks or the server is busy, unless the program has ended."""
+    # For obstore's requests and the bodies of boto3, which repeats by itself what goes wrong before those.
     for pause in (0.1, 0.1, 0.2, 0.2, 0.4, 0.4, 0.8, 0.8, 1.6, 1.6, 1.6, 1.6, 3.2):  # seconds, 12.6 together
         try:
             return call()
@@ -265,24 +263,17 @@ threading._register_atexit(ended.set)  # atexit itself comes only after all that
 def redact(text):
     """The text with the secrets of the environment replaced by ***, and the names of the variables that were in it."""
     leaked = set()
-    for name, secret in _list_secrets():
-        shown = {secret, repr(secret)[1:-1], quote(secret, safe="")}  # as it is, as Python shows it, in an address
-        for written in shown | {json.dumps(form, ensure_ascii=False)[1:-1] for form in shown}:  # and these in a file
-            if written in text:
-                text = text.replace(written, "***")
-                leaked.add(name)
-    return text, leaked
-
-
-def _list_secrets():
-    """(variable, secret) of the environment."""
     for name, value in os.environ.items():
         match = re.match(r"[\w+.-]+://[^/?#]*:([^/?#]+)@", value)  # the address of a proxy or a database
         hidden = ([value] if SECRET.search(name) else []) + ([match[1], unquote(match[1])] if match else [])
         # A short one may be a well-known default such as "minioadmin", which any text may mention.
-        yield from ((name, secret) for secret in hidden if len(secret) >= 12)
-        if match:
-            yield name, f":{match[1]}@"
+        for secret in [secret for secret in hidden if len(secret) >= 12] + ([f":{match[1]}@"] if match else []):
+            shown = {secret, repr(secret)[1:-1], quote(secret, safe="")}  # as it is, as Python shows it, in an address
+            for written in shown | {json.dumps(form, ensure_ascii=False)[1:-1] for form in shown}:  # and these in a file
+                if written in text:
+                    text = text.replace(written, "***")
+                    leaked.add(name)
+    return text, leaked
 
 
 def parse(url):
@@ -345,7 +336,7 @@ def run_in_first_process(function):
     return call
 
 
-# ------------------------------------------------------------------------------------------------------- buckets
+# ------------------------------------------------------------------------------------------ buckets and objects
 
 
 def buckets():
@@ -381,9 +372,6 @@ def delete_bucket(name, contents=False):
         client(name).delete_bucket(Bucket=name)
 
 
-# ------------------------------------------------------------------------------------------------------- objects
-
-
 def objects(url):
     """The objects under a prefix: {name relative to it: {"path", "size", "e_tag", "last_modified"}}, by name."""
     prefix, items = parse(url)[1], itertools.chain.from_iterable(list_pages(url))
@@ -393,8 +381,8 @@ def objects(url):
 def list_pages(url, convert=list):
     """The objects under a prefix, up to a thousand at a time, as lists or what `convert` makes of those in a thread.
 
-    A thousand is what one answer holds. Where there are more, folders are listed 32 at once, each from page to page,
-    unless they are so small that an answer covers 32 of them. The objects of one folder come in order.
+    Where there are more, folders are listed 32 at once, each from page to page, unless they are so small that an answer
+    covers 32 of them. The objects of one folder come in order.
     """
     bucket, prefix = parse(url)
 
@@ -489,10 +477,7 @@ def list_files(url):
 
 
 def find_files(url, endings):
-    """The URLs of the files with one of these endings at any fsspec URL: the file itself, or a folder's, sorted.
-
-    Raises storage.NotFound when there are none.
-    """
+    """The URLs of the files with one of these endings at any fsspec URL, sorted. Raises NotFound when there are none."""
     with open_filesystem(url) as (filesystem, path):
         filesystem.invalidate_cache()
         names = [path] if filesystem.isfile(path) else sorted(filesystem.find(path))
