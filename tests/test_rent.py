@@ -112,13 +112,11 @@ def count(rented):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """(name, arguments) of what AWS is asked for from now on; RunInstances fails with the error that is put here."""
+    """(name, arguments) of what AWS is asked for from now on."""
     make, calls = botocore.client.BaseClient._make_api_call, []
 
     def call(self, name, given):
         calls.append((name, given))
-        if name == "RunInstances" and calls[0][0] == "error":
-            raise botocore.exceptions.ClientError({"Error": {"Code": calls[0][1]}}, name)
         return make(self, name, given)
 
     monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", call)
@@ -201,12 +199,6 @@ def test_s3_on_this_machine_is_no_place_for_a_machine_elsewhere(rented, capsys, 
     assert count(rented) == before and rented.bucket not in storage.buckets()
 
 
-def test_refusal_of_ec2_is_one_sentence(rented, capsys, asked):
-    asked.append(("error", "InsufficientInstanceCapacity"))
-    code, said = submit(rented, capsys)
-    assert code == 1 and said.startswith("EC2: ") and "RunInstances" in said and "InsufficientInstanceCapacity" in said
-
-
 def test_source_of_this_project_with_its_times(rented, capsys):
     _, instance = submit(rented, capsys)
     [row] = rent.status(instance)
@@ -223,26 +215,17 @@ def test_source_of_this_project_with_its_times(rented, capsys):
     assert {cell.source for cell in cells} <= {cell.source for cell in sent.cells}
 
 
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A git working tree with one file that is tracked, was changed since, and one that is not."""
+def test_source_is_tracked_files_only_as_they_are_now_and_without_a_secret(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "REPOSITORY", tmp_path)
     for name in "tracked.py", "untracked.py", ".env":
         (tmp_path / name).write_text("x = 1\n")
     for command in ["init", "-q"], ["add", "tracked.py"]:
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     (tmp_path / "tracked.py").write_text("x = 2\n")
-    return tmp_path
-
-
-def test_source_is_tracked_files_only_as_they_are_now(repository):
     with tarfile.open(fileobj=io.BytesIO(bundle_source())) as archive:
         assert archive.getnames() == ["tracked.py"] and archive.extractfile("tracked.py").read() == b"x = 2\n"
-
-
-def test_no_secret_goes_along_in_the_source(repository, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    (repository / "tracked.py").write_text(f"key = {SECRET!r}\n")
+    (tmp_path / "tracked.py").write_text(f"key = {SECRET!r}\n")
     with pytest.raises(ValueError, match="tracked.py shows AWS_SECRET_ACCESS_KEY") as raised:
         bundle_source()
     assert SECRET not in str(raised.value)

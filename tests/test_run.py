@@ -104,7 +104,7 @@ def lines(finished, start):
     return [line for line in finished.process.stdout.splitlines() if line.startswith(start)]
 
 
-def test_goes_on_after_a_failure_and_says_so(finished):
+def test_goes_on_after_a_failure_and_says_what_failed_where(finished):
     assert finished.process.returncode == 1, finished.process.stderr
     assert [line.split(",")[0] for line in lines(finished, ("ok", "FAILED"))] == [
         "ok     01_good.ipynb", "FAILED 02_fails.ipynb", "FAILED 03_dies.ipynb", "FAILED 04_leaks.ipynb",
@@ -112,19 +112,13 @@ def test_goes_on_after_a_failure_and_says_so(finished):
     assert len(lines(finished, "2 of 5 notebooks succeeded, in ")) == 1
     assert lines(finished, "Results: ") == [f"Results: {os.path.join('runs', finished.output.name, 'index.html')}"]
     assert "KernelApp" not in finished.process.stderr and "cells," not in finished.process.stderr  # no chatter, no bar
-
-
-def test_failure_names_cell_and_error(finished):
-    line, = lines(finished, "FAILED 02_fails")  # the injected parameters are In [2], but no cell of the source
-    assert line == "FAILED 02_fails.ipynb, In [3]: ValueError: <b>red</b> and more"
+    error = "In [3]: ValueError: <b>red</b> and more"  # the injected parameters are In [2], but no cell of the source
+    assert lines(finished, "FAILED 02_fails") == [f"FAILED 02_fails.ipynb, {error}"]
     assert "       | x = 1\n       | '<u>'\n" in finished.process.stdout and "| ...\n" in finished.process.stdout
     card = finished.cards["02_fails.ipynb"]
-    assert "In [3]: ValueError: <b>red</b> and more" in card.select_one(".error").get_text()
-    assert card.select_one("pre").get_text().startswith("x = 1\n'<u>'") and not card.select("b, u")
+    assert error in card.select_one(".error").get_text() and not card.select("b, u")
+    assert card.select_one("pre").get_text().startswith("x = 1\n'<u>'")
     assert "not reached" not in outputs_of(finished.output / "02_fails.ipynb")
-
-
-def test_killed_kernel_is_reported(finished):
     line, = lines(finished, "FAILED 03_dies")
     assert line.startswith(("FAILED 03_dies.ipynb, In [2]", "FAILED 03_dies.ipynb, In [*]"))
     assert "DeadKernelError: Kernel died" in line
@@ -153,15 +147,10 @@ def outputs_of(path: Path) -> str:
     return "".join(o.get("text") or o.get("data", {}).get("text/plain", "") for cell in cells for o in cell.outputs)
 
 
-def test_kernel_is_ours_in_the_notebooks_folder_with_our_s3(finished):
+def test_kernel_is_ours_in_the_notebooks_folder_with_our_s3_and_the_parameters_that_the_notebook_has(finished):
     folder, python, endpoint = outputs_of(finished.output / "01_good.ipynb").splitlines()[:3]
     assert Path(folder) == (finished.folder / "notebooks").resolve()
-    assert python == sys.executable
-    assert endpoint == finished.endpoint
-
-
-def test_parameters_reach_the_notebooks_that_have_them(finished):
-    assert run.read_results(finished.output / "01_good.ipynb")["epochs"] == 3
+    assert (python, endpoint) == (sys.executable, finished.endpoint)
     injected = [cell.source for name in ("01_good", "02_fails", "05_after")
                 for cell in nbformat.read(finished.output / f"{name}.ipynb", as_version=4).cells
                 if "injected-parameters" in cell.metadata.get("tags", [])]
@@ -237,14 +226,6 @@ def test_the_index_fits_a_telephone(finished, tmp_path):
     words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
     dom = subprocess.run([*words, tmp_path / "frame.html"], capture_output=True, text=True, timeout=60).stdout
     assert "<title>400</title>" in dom
-
-
-def test_widgets_are_left_out():
-    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "0%"}
-    state = {"application/vnd.jupyter.widget-state+json": {"state": {"1": {}}, "version_major": 2, "version_minor": 0}}
-    cell = new_code_cell("", outputs=[new_output("display_data", data=view)])
-    notebook = new_notebook(cells=[cell], metadata={"widgets": state})
-    assert not BeautifulSoup(run.EXPORTER.from_notebook_node(notebook)[0], "html.parser").select("script")
 
 
 def test_picks(tmp_path, monkeypatch):
@@ -335,13 +316,17 @@ def test_interrupt_leaves_a_whole_page(tmp_path, environment):
     assert outputs_of(output / "02_slow.ipynb") == "before\n" and (output / "02_slow.html").exists()
 
 
-def test_hostile_names_do_nothing_in_the_html():
+def test_hostile_names_and_widgets_do_nothing_in_the_html():
     hostile = "<img src=x onerror=alert(1)><a href='javascript:alert(3)'>b</a>"
     table = f"| class | images |\n|---|--:|\n| {hostile}<script>alert(2)</script> | **3** |\n\n```python\nprint(1)\n```"
     given = [{"text/markdown": table}, {"text/html": f"<b>{hostile}</b>"}, {"application/javascript": "alert(4)"},
-             {"text/html": f"<script>alert(5)</script>{hostile}"}]
+             {"text/html": f"<script>alert(5)</script>{hostile}"},
+             {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "0%"}]
+    state = {"state": {"1": {}}, "version_major": 2, "version_minor": 0}
+    widgets = {"application/vnd.jupyter.widget-state+json": state}
     cell = new_code_cell("", outputs=[new_output("display_data", data=data) for data in given])
-    page = BeautifulSoup(run.EXPORTER.from_notebook_node(new_notebook(cells=[cell]))[0], "html.parser")
+    page = BeautifulSoup(run.EXPORTER.from_notebook_node(new_notebook(cells=[cell], metadata={"widgets": widgets}))[0],
+                         "html.parser")
     assert not page.select("script, [onerror], [href^=javascript]")
     assert page.select_one("td strong").get_text() == "3" and len(page.select("th")) == 2 and page.select("pre")
     assert page.select("td")[1]["style"].replace(" ", "").startswith("text-align:right") and page.select("b a")
