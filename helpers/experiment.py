@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from importlib.metadata import distributions
 from pathlib import Path, PurePosixPath
 
+import jinja2
 import psutil
 import safetensors.torch
 import torch
@@ -44,10 +45,9 @@ def to_safetensors(tensors):
 
 
 def save_model(model, url, **config):
-    """Save a model's weights (or a state_dict) as safetensors and its config as model.json, straight to a folder's URL.
+    """Save weights (of a model or a state_dict) as safetensors and a config as model.json; returns both names.
 
-    model.json names the weights by their checksum and is written last: a reader finds the old model or the new one,
-    never half of each. Returns the names of the two objects.
+    model.json names the weights by their checksum and is written last: a reader finds the old model or the new one.
     """
     url = str(url).rstrip("/")
     weights = to_safetensors(model if isinstance(model, Mapping) else model.state_dict())
@@ -74,11 +74,10 @@ def load_model(url):
 def _code():
     """The source that has run, without secrets: a notebook's executed cells, or the script."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
     if shell:  # in any kernel: JupyterLab, papermill, VS Code
-        cells = enumerate(shell.user_ns["In"])
-        source = "\n\n".join(f"# In [{number}]\n{cell}" for number, cell in cells if cell.strip())
+        source = "\n\n".join(f"# In [{i}]\n{cell}" for i, cell in enumerate(shell.user_ns["In"]) if cell.strip())
     else:
+        script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
         source = script.read_text(encoding="utf-8", errors="replace") if script.is_file() else ""
     return redact(source)[0].encode()
 
@@ -142,8 +141,8 @@ class Run:
 
     def save_predictions(self, outputs, targets):
         """Two tensors or arrays as predictions.safetensors, for `safetensors.torch.load(storage.read(url))`."""
-        tensors = {"outputs": torch.as_tensor(outputs), "targets": torch.as_tensor(targets)}
-        self._write("predictions.safetensors", to_safetensors(tensors))
+        self._write("predictions.safetensors", to_safetensors(
+            {"outputs": torch.as_tensor(outputs), "targets": torch.as_tensor(targets)}))
 
     def finish(self, results):
         """Results as metrics.json, report.html, then the manifest, the list of all files: the run is complete."""
@@ -161,7 +160,7 @@ class Run:
 
 @run_in_first_process
 def _choose(url, new, hyperparameters, code):
-    """The URL of the newest run that was cut off and is like this one and not being written, or of a new one."""
+    """The URL of the newest run like this one that was cut off and is not being written, or of a new one."""
     names = storage.list_files(url)
     runs = [name.split("/")[0] for name in names if name.endswith("/hyperparameters.json") and name.count("/") == 1]
     for run in reversed(runs):
@@ -194,8 +193,7 @@ def _renew_lease(reference):
     """Renew a run's lease until the run is finished, another process's, or nobody's any more."""
     while (run := reference()) and not (run.finished or run.lost):
         with run.lock, suppress(Exception):  # the store may answer the next time; a finished run has no lease
-            lease = _load(f"{run.url}/lease.json")
-            run.lost = not _is_mine(lease)
+            run.lost = not _is_mine(_load(f"{run.url}/lease.json"))
             if not run.lost:
                 _write_lease(run.url)
         del run  # or it would never be nobody's
@@ -255,9 +253,7 @@ def _columns(rows):
 
 
 class Comparison:
-    """Runs side by side, the newest first: `rows` are dicts of run (its name), finished, newest, best, the
-    hyperparameters that differ between the runs, and the metrics that are numbers.
-    """
+    """Runs, the newest first, in `rows`: dicts of run (name), finished, newest, best, what differs, numeric metrics."""
 
     def __init__(self, url, rows, metric):
         self.url, self.rows, self.metric = url, rows, metric
@@ -275,9 +271,8 @@ class Comparison:
 
 
 def _render(template, **values):
-    from jinja2 import Environment, FileSystemLoader  # here: only the end of a run needs it
-
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
     return environment.get_template(template).render(**values)
 
 
