@@ -394,37 +394,35 @@ def machines(account, tmp_path_factory):
             machine.process.wait()
 
 
-@pytest.mark.parametrize("mode", ["works", "fails", "hangs"])
-def test_machine_ends_itself_once_and_leaves_nothing(machines, mode):
-    machine = machines[mode]
+def ended(machine, state, code):
+    """What holds for each machine: it has ended itself once, left nothing running, and said in S3 how it went."""
     assert not machine.hung and machine.shutdowns == ["-h now"] and machine.left == []
     assert machine.console.replace("\r", "").endswith(machine.log[-100:])
     assert (machine.folder / "pip").read_text() == "install -q boto3\n"
+    assert machine.status == {"state": state, "exit_code": code}
+    assert machine.log.splitlines()[-1].endswith(f"Z {state}, exit code {code}")
 
 
 def test_machine_keeps_results_notebook_and_log(machines):
     machine = machines["works"]
-    assert machine.status == {"state": "succeeded", "exit_code": 0}
+    ended(machine, "succeeded", 0)
     assert run.read_results(machine.folder / "executed.ipynb") == {"text": TEXT}
     assert "the kernel has begun\n" in outputs_of(machine.folder / "executed.ipynb")
     assert machine.log.startswith("20") and machine.job in machine.log.splitlines()[0]
     assert f"Results: {machine.job}/output/index.html\n" in machine.log and "Traceback" not in machine.log
-    assert machine.log.splitlines()[-1].endswith("Z succeeded, exit code 0")
     assert rent.status(machine.instance)[0]["outcome"] == machine.status
     assert rent.logs(machine.instance) == machine.log
     assert not [name for name in machine.folder.rglob("[xyz]")]
 
 
 def test_machine_says_why_it_failed(machines):
-    machine = machines["fails"]
-    assert machine.status == {"state": "failed", "exit_code": 3} and "no luck today\n" in machine.log
-    assert machine.log.splitlines()[-1].endswith("Z failed, exit code 3")
+    ended(machines["fails"], "failed", 3)
+    assert "no luck today\n" in machines["fails"].log
 
 
 def test_machine_ends_a_notebook_that_hangs_when_its_time_is_over(machines):
     machine = machines["hangs"]
-    assert machine.status == {"state": "timed out", "exit_code": 124}
+    ended(machine, "timed out", 124)
     assert not psutil.pid_exists(int((machine.folder / "pid").read_text()))
     assert "S3 at " in machine.log_before
-    assert machine.log.splitlines()[-1].endswith("Z timed out, exit code 124")
     assert "the kernel has begun\n" in outputs_of(machine.folder / "executed.ipynb")
