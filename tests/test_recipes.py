@@ -26,13 +26,12 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from torch import nn
 
-from executed import BY_NUMBER, execute
+from executed import BY_NUMBER, execute, try_to_run
 from helpers import callbacks, experiment, storage, training
 from helpers.callbacks import ClipGradients, LearningRate, SaveHistory
 from helpers.chapters import evaluation, recipes
 from helpers.chapters.recipes import (ConstantPrediction, DryRun, GradientStatistics, KeepBest, Notify, StartFrom,
                                       TensorBoard, TerminateOnNaN, Track)
-from helpers.run import run_notebooks
 from helpers.training import Callback, TrainLoop
 from servers import free_port, moto
 from servers.embedded import connected
@@ -64,9 +63,6 @@ def test_a_dry_run_takes_few_batches_and_leaves_the_loaders_as_they_were(end):
     assert loop.history[-1]["learning_rate"] == pytest.approx(0.05 if end else 0.025)  # a schedule of 4 steps
     loop.fit(1)
     assert len(seen) == 4 * epochs + 10
-
-
-def test_a_dry_run_of_many_steps_and_without_validation_is_short_too():
     loop = make_loop(val=False)
     loop.fit(num_steps=1000, callbacks=[DryRun(3)])
     assert loop.steps == 3 and len(loop.history) == 1 and len(loop.train_loader) == 5
@@ -113,10 +109,9 @@ def test_statistics_of_gradients_come_with_accumulation_too_and_from_a_weight_of
     assert [row["weight"] for row in rows][4::5] == ["another"] * 2
 
 
-@pytest.mark.parametrize("end", [fail, cancel])
-def test_statistics_of_gradients_are_there_when_training_ends_within_an_epoch(run, end):
-    with raises(end):
-        make_loop().fit(1, [GradientStatistics(run, every=1), Call(after_step=at(3, end))])
+def test_statistics_of_gradients_are_there_when_training_ends_within_an_epoch(run):
+    with raises(fail):
+        make_loop().fit(1, [GradientStatistics(run, every=1), Call(after_step=at(3, fail))])
     assert len(rows_of(run, "gradients")) == 3 * 4 and picture(run, "gradients")
 
 
@@ -293,7 +288,6 @@ def test_a_webhook_tells_how_training_ended():
 
 
 @pytest.mark.parametrize("to, smtp_url, reason", [
-    ("http://127.0.0.1:CLOSED/hook/hidden", "", "Connection refused"),
     ("http://127.0.0.1:CLOSED/hook/hidden twice", "", "InvalidURL"),
     ("http://127.0.0.1:hidden/hook", "", "InvalidURL"),
     ("404 Not Found", "", "HTTPError: HTTP Error 404: Not Found"),
@@ -449,7 +443,7 @@ def test_a_report_is_shown_in_a_frame_that_runs_no_script(tmp_path):
 
 def test_08_shows_that_loops_agree_and_that_a_killed_training_resumes_exactly(embedded, tmp_path, bucket, every):
     storage.create_bucket(bucket)
-    [outcome] = run_notebooks([BY_NUMBER["08"]], dict(bucket=bucket), tmp_path / "alone")
+    [outcome] = try_to_run("08", dict(bucket=bucket), tmp_path / "alone")
     assert outcome.status == "FAILED" and "make run NOTEBOOKS=01" in outcome.error
     results = execute("01 08", tmp_path, bucket=bucket, epochs=2, dataset_zip=every(4))
     assert results["resumed_bit_identical"] and (results["runs"], results["packages"]) == (6, 9)
