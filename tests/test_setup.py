@@ -67,12 +67,9 @@ def test_environment_yml_is_python_and_pip_then_the_lock_and_the_project(tmp_pat
     assert not would or re.fullmatch(r"s3-deep-learning-notebooks-[\d.]+", would[0].strip())
 
 
-def test_make_passes_notebooks_and_parameters_on():
+def test_make_passes_notebooks_and_parameters_on_and_a_second_one_installs_nothing():
     command = make("run", "NOTEBOOKS=02 03", "ARGS=-p epochs 3").splitlines()[-1]
     assert command.split()[1:] == "-m helpers run 02 03 -p epochs 3".split()
-
-
-def test_a_second_make_installs_nothing():
     assert "pip install" not in make("run") + make("test") + make("lab")
 
 
