@@ -112,8 +112,12 @@ def list_images(url):
     parts.sort(key=lambda part: part[0])  # the names of one folder are in order already
     classes = sorted({folder[0] for folder, _ in parts})
     numbers = {name: i for i, name in enumerate(classes)}
-    names, sizes, versions = (bytearray().join(memoryview(buffer)[place[i]] for _, place in parts)
-                              for i, buffer in enumerate(buffers))
+    columns = []
+    for i in range(3):  # each piece is dropped when it is sorted
+        buffer = memoryview(buffers.pop(0))
+        columns.append(bytearray().join(buffer[place[i]] for _, place in parts))
+        del buffer
+    names, sizes, versions = columns
     names, counts = np.frombuffer(names, np.uint8), [(place[1].stop - place[1].start) // 8 for _, place in parts]
     return Table({}, {"classes": classes, "shards": None, "ignored": others}).replace(
         names=names, starts=np.concatenate([[0], np.flatnonzero(names == 0) + 1]),

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 import warnings
+from hashlib import md5
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -95,6 +97,9 @@ def test_classes_targets_and_order_are_those_of_torchvisions_image_folder(direct
     assert (ours.classes, ours.class_to_idx, ours.targets) == (theirs.classes, theirs.class_to_idx, theirs.targets)
     local = f"{directory}/pictures/"
     assert ours.samples == [(path.replace(local, "s3://pictures/"), target) for path, target in theirs.samples]
+    contents = [Path(path).read_bytes() for path, _ in theirs.samples]
+    assert ours.table.sizes.tolist() == [len(data) for data in contents]
+    assert [version.tobytes() for version in ours.table.versions] == [md5(data).digest() for data in contents]
 
 
 def test_validation_data_numbers_its_classes_as_the_training_set_does():

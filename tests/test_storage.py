@@ -601,6 +601,7 @@ def encrypted(data):
 REFUSALS = {  # members besides PETS (None: none at all), what is then done to the zip's bytes, and what the error names
     "../": ([("../evil.png", b"x")], None, "../evil.png"),
     "absolute": ([("/evil.png", b"x")], None, "/evil.png"),
+    "drive": ([("C:\\evil.png", b"x")], None, "C:/evil.png"),
     "backslash": ([("cats\\..\\..\\evil.png", b"x")], None, "cats/../../evil.png"),
     "control character": ([("cats/a\tb.png", b"x")], None, "a\\tb.png"),
     "encrypted": ([("cats/locked.png", b"x")], encrypted, "cats/locked.png"),
