@@ -10,6 +10,7 @@ a colour nor a place in the picture gives the class away: one has to see the sig
 Each picture has a random generator of its own, and the zip has fixed dates and order: the same seed gives
 the same bytes. Colours are RGB from 0 to 1, in float64, so that rounding to 8 bits hides what CPUs do differently.
 """
+
 import argparse
 import zipfile
 
@@ -21,15 +22,20 @@ N = 256  # side while drawing: 4 times more, so that reducing it smooths the edg
 Y, X = np.mgrid[:N, :N].astype(float)  # every pixel's row and column
 CLASSES = ["healthy", "rust", "leaf_spot", "mildew", "blight"]
 SHAPES = {  # half width (of the leaf's length), then the powers of t and 1 - t: the base and the tip, small = round
-    "ovate": (0.30, 0.50, 0.85), "lanceolate": (0.19, 0.60, 0.90), "lobed": (0.33, 0.80, 0.45),
-    "serrated": (0.29, 0.45, 0.80)}
+    "ovate": (0.30, 0.50, 0.85),
+    "lanceolate": (0.19, 0.60, 0.90),
+    "lobed": (0.33, 0.80, 0.45),
+    "serrated": (0.29, 0.45, 0.80),
+}
 GREENS = np.array([[0.12, 0.31, 0.12], [0.21, 0.45, 0.14], [0.36, 0.56, 0.17], [0.60, 0.66, 0.22]])  # dark to yellow
 
 
 def noise(rng, cells, octaves=1):
     """Smooth noise in about -1..1: a random grid of cells x cells, enlarged; each octave is finer and fainter."""
-    return sum(cv2.resize(rng.uniform(-1, 1, (cells << i, cells << i)), (N, N), interpolation=cv2.INTER_CUBIC) / 2**i
-               for i in range(octaves))
+    return sum(
+        cv2.resize(rng.uniform(-1, 1, (cells << i, cells << i)), (N, N), interpolation=cv2.INTER_CUBIC) / 2**i
+        for i in range(octaves)
+    )
 
 
 def mix(a, b, alpha):
@@ -88,7 +94,7 @@ def leaf_spot(rng, leaf, blade, tip, severity):
 def mildew(rng, leaf, blade, tip, severity):
     """White-grey powder in diffuse patches, denser in their middle."""
     n = int(3 + 5 * severity)
-    powder = sum(np.exp(-(distance(p) / rng.uniform(14, 26)) ** 2) for p in places(rng, blade, n))
+    powder = sum(np.exp(-((distance(p) / rng.uniform(14, 26)) ** 2)) for p in places(rng, blade, n))
     powder = np.clip(1.3 * powder + 0.5 * noise(rng, 16, 2) * (powder > 0.05) - 0.15, 0, 1)
     grain = 0.8 + 0.3 * noise(rng, 100)
     return mix(leaf, [0.88, 0.89, 0.86], powder * grain * (0.65 + 0.30 * severity))

@@ -38,8 +38,9 @@ class LearningRate(Callback):
         make = self.schedule
         if not callable(make):
             if math.isinf(loop.total_steps):
-                raise ValueError("A schedule must know where training ends: with a loader that has no length, use "
-                                 "fit(num_steps=…).")
+                raise ValueError(
+                    "A schedule must know where training ends: with a loader that has no length, use fit(num_steps=…)."
+                )
             batches = min(loop.epoch_batches, loop.total_steps)
             moves = math.ceil(batches / loop.accumulate) if self.every == "step" else 1  # in an epoch
             total = math.ceil(loop.total_steps * moves / batches)
@@ -165,8 +166,13 @@ def plot_history(history):
     for axis, (title, columns) in zip(axes[0], panels.items()):
         for name in columns:
             data = name.split("_")[0]
-            axis.plot([row["epoch"] for row in history], [row.get(name) for row in history], marker=".", label=data,
-                      color=colors.get(data, "tab:blue"))
+            axis.plot(
+                [row["epoch"] for row in history],
+                [row.get(name) for row in history],
+                marker=".",
+                label=data,
+                color=colors.get(data, "tab:blue"),
+            )
         axis.set(title=title, xlabel="epoch")
         if len(columns) > 1:
             axis.legend(frameon=False)
@@ -222,7 +228,7 @@ class Checkpoint(Callback):
         whole = all(weight.isfinite().all() for weight in loop.model.parameters())  # NaN cannot be trained on
         if whole and loop.accelerator.is_main_process:
             storage.write(f"{self.url}/step_{loop.steps:09d}_{loop.batch:09d}.safetensors", state_to_safetensors(state))
-            for name in self._names()[:-self.keep]:
+            for name in self._names()[: -self.keep]:
                 storage.delete(f"{self.url}/{name}")
 
     def _names(self):

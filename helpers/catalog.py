@@ -63,8 +63,10 @@ class Table:
         vars(self).update({name: column.numpy() for name, column in columns.items()})
 
     def __reduce__(self):
-        shared = {name: column if column.is_shared() else column.clone().share_memory_()
-                  for name, column in self.columns.items()}
+        shared = {
+            name: column if column.is_shared() else column.clone().share_memory_()
+            for name, column in self.columns.items()
+        }
         self.__init__(shared, self.about)  # this process uses the same copy
         return Table, (shared, self.about)
 
@@ -72,12 +74,14 @@ class Table:
         """Another table of the same images; columns: arrays, which become of the smallest type that holds them."""
         new = {}
         for name, column in columns.items():
-            kind = column.dtype if column.dtype == np.uint8 else np.min_scalar_type(-1 - column.max())  # signed: PyTorch
+            kind = (
+                column.dtype if column.dtype == np.uint8 else np.min_scalar_type(-1 - column.max())
+            )  # signed: PyTorch
             new[name] = torch.from_numpy(np.ascontiguousarray(column, kind))  # pickles no other
         return Table(self.columns | new, about or self.about)
 
     def name(self, index):
-        return self.names[self.starts[index]:self.starts[index + 1] - 1].tobytes().decode()
+        return self.names[self.starts[index] : self.starts[index + 1] - 1].tobytes().decode()
 
     def to_bytes(self):
         about = torch.frombuffer(bytearray(json.dumps(self.about).encode()), dtype=torch.uint8)
@@ -95,20 +99,30 @@ def list_images(url):
         parts = []
         for folder, pairs in itertools.groupby(found, lambda pair: pair[0].rpartition("/")[0]):
             names, files = zip(*pairs)
-            parts.append(((folder.split("/")[0], folder), "\0".join((*names, "")).encode(),
-                          np.array([file["size"] for file in files]).tobytes(), b"".join(map(version, files))))
+            parts.append(
+                (
+                    (folder.split("/")[0], folder),
+                    "\0".join((*names, "")).encode(),
+                    np.array([file["size"] for file in files]).tobytes(),
+                    b"".join(map(version, files)),
+                )
+            )
         return parts, len(items) - len(found)
 
     parts, buffers, others = [], [bytearray(), bytearray(), bytearray()], 0  # what comes goes into three large pieces
     for page, more in storage.list_pages(url, by_folder):
         for folder, *columns in page:
-            parts.append((folder, [slice(len(buffer), len(buffer) + len(new)) for buffer, new in zip(buffers, columns)]))
+            parts.append(
+                (folder, [slice(len(buffer), len(buffer) + len(new)) for buffer, new in zip(buffers, columns)])
+            )
             for buffer, new in zip(buffers, columns):
                 buffer += new
         others += more
     if not parts:
-        raise storage.StorageError(f"There are no class folders with images under {url}: put some there with "
-                                   "notebook 01 (make run NOTEBOOKS=01), or check the name.")
+        raise storage.StorageError(
+            f"There are no class folders with images under {url}: put some there with "
+            "notebook 01 (make run NOTEBOOKS=01), or check the name."
+        )
     parts.sort(key=lambda part: part[0])  # the names of one folder are in order already
     classes = sorted({folder[0] for folder, _ in parts})
     numbers = {name: i for i, name in enumerate(classes)}
@@ -120,9 +134,12 @@ def list_images(url):
     names, sizes, versions = columns
     names, counts = np.frombuffer(names, np.uint8), [(place[1].stop - place[1].start) // 8 for _, place in parts]
     return Table({}, {"classes": classes, "shards": None, "ignored": others}).replace(
-        names=names, starts=np.concatenate([[0], np.flatnonzero(names == 0) + 1]),
+        names=names,
+        starts=np.concatenate([[0], np.flatnonzero(names == 0) + 1]),
         targets=np.repeat([numbers[folder[0]] for folder, _ in parts], counts),
-        sizes=np.frombuffer(sizes, np.int64), versions=np.frombuffer(versions, np.uint8).reshape(-1, 16))
+        sizes=np.frombuffer(sizes, np.int64),
+        versions=np.frombuffer(versions, np.uint8).reshape(-1, 16),
+    )
 
 
 def version(file):
@@ -170,7 +187,9 @@ def fetch(url, first=0, last=None, expected=None):
     def get_whole():
         answer = obstore.get(store, key)
         if expected and answer.meta["e_tag"] and version(answer.meta) != expected:
-            raise storage.StorageError(f"{url} has changed since its folder was indexed: call catalog.write_index again.")
+            raise storage.StorageError(
+                f"{url} has changed since its folder was indexed: call catalog.write_index again."
+            )
         return bytes(answer.bytes())  # obstore's own bytes lack most methods
 
     with storage.translate_errors(url):

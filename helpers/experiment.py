@@ -40,8 +40,12 @@ def _load(url):
 
 def to_safetensors(tensors):
     """{name: tensor} as the bytes of a safetensors file."""
-    return safetensors.torch.save({name: tensor.cpu().clone(memory_format=torch.contiguous_format)  # no shared memory
-                                   for name, tensor in tensors.items()})
+    return safetensors.torch.save(
+        {
+            name: tensor.cpu().clone(memory_format=torch.contiguous_format)  # no shared memory
+            for name, tensor in tensors.items()
+        }
+    )
 
 
 def save_model(model, url, **config):
@@ -87,12 +91,20 @@ def _environment():
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     commit = ""
     with suppress(OSError, subprocess.SubprocessError):  # without git
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                                capture_output=True, text=True, timeout=20).stdout.strip()
-    return {"python": platform.python_version(), "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else device,
-            "packages": dict(sorted((package.name, package.version) for package in distributions())),
-            "git_commit": commit.removesuffix("-dirty") or None, "git_dirty": "-dirty" in commit if commit else None}
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        ).stdout.strip()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "packages": dict(sorted((package.name, package.version) for package in distributions())),
+        "git_commit": commit.removesuffix("-dirty") or None,
+        "git_dirty": "-dirty" in commit if commit else None,
+    }
 
 
 class Run:
@@ -141,8 +153,10 @@ class Run:
 
     def save_predictions(self, outputs, targets):
         """Two tensors or arrays as predictions.safetensors, for `safetensors.torch.load(storage.read(url))`."""
-        self._write("predictions.safetensors", to_safetensors(
-            {"outputs": torch.as_tensor(outputs), "targets": torch.as_tensor(targets)}))
+        self._write(
+            "predictions.safetensors",
+            to_safetensors({"outputs": torch.as_tensor(outputs), "targets": torch.as_tensor(targets)}),
+        )
 
     def finish(self, results):
         """Results as metrics.json, report.html, then the manifest, the list of all files: the run is complete."""
@@ -150,8 +164,11 @@ class Run:
         self._write("metrics.json", redact(json.dumps(results, indent=1))[0].encode())
         if storage.is_first_process():
             self._write("report.html", _render_report(self.url))
-        manifest = {"started": self.started.isoformat(), "finished": datetime.now(timezone.utc).isoformat(),
-                    "files": [name for name in storage.list_files(self.url) if name != "lease.json"]}
+        manifest = {
+            "started": self.started.isoformat(),
+            "finished": datetime.now(timezone.utc).isoformat(),
+            "files": [name for name in storage.list_files(self.url) if name != "lease.json"],
+        }
         self._write("manifest.json", json.dumps(manifest, indent=1).encode())
         with self.lock, suppress(NotFound):  # finished before
             self.finished = True
@@ -164,9 +181,13 @@ def _choose(url, new, hyperparameters, code):
     names = storage.list_files(url)
     runs = [name.split("/")[0] for name in names if name.endswith("/hyperparameters.json") and name.count("/") == 1]
     for run in reversed(runs):
-        if (f"{run}/manifest.json" not in names and f"{run}/code.py" in names
-                and _load(f"{url}/{run}/hyperparameters.json") == hyperparameters
-                and storage.read(f"{url}/{run}/code.py") == code and _claim(f"{url}/{run}")):
+        if (
+            f"{run}/manifest.json" not in names
+            and f"{run}/code.py" in names
+            and _load(f"{url}/{run}/hyperparameters.json") == hyperparameters
+            and storage.read(f"{url}/{run}/code.py") == code
+            and _claim(f"{url}/{run}")
+        ):
             lines = storage.read(f"{url}/{run}/history.csv").splitlines() if f"{run}/history.csv" in names else [""]
             print(f"continuing run {url}/{run}, from epoch {len(lines)}")
             return f"{url}/{run}"
@@ -229,18 +250,32 @@ def compare(url, metric=None):
     """
     url, names = str(url).rstrip("/"), {*storage.list_files(url)}
     runs = {name.rpartition("/")[0] for name in names if name.endswith("/hyperparameters.json")}
-    runs = sorted((run for run in runs if not runs & {*map(str, PurePosixPath(run).parents)}),  # not those within a run
-                  key=lambda run: (run.rpartition("/")[2], run), reverse=True)
+    runs = sorted(
+        (run for run in runs if not runs & {*map(str, PurePosixPath(run).parents)}),  # not those within a run
+        key=lambda run: (run.rpartition("/")[2], run),
+        reverse=True,
+    )
     with ThreadPoolExecutor(THREADS) as pool:
         asked = list(pool.map(lambda run: _load(f"{url}/{run}/hyperparameters.json"), runs))
         ended = pool.map(lambda run: _load(f"{url}/{run}/metrics.json") if f"{run}/metrics.json" in names else {}, runs)
-    differ = [name for name in _columns(asked)
-              if len({json.dumps(values[name]) if name in values else "" for values in asked}) > 1]
-    rows = [{"run": run, "finished": f"{run}/manifest.json" in names, "newest": run == runs[0], "best": False,
-             "hyperparameters": {name: values[name] for name in differ if name in values},
-             "metrics": {name: value for name, value in found.items()
-                         if type(value) in (int, float) and math.isfinite(value)}}
-            for run, values, found in zip(runs, asked, ended)]
+    differ = [
+        name
+        for name in _columns(asked)
+        if len({json.dumps(values[name]) if name in values else "" for values in asked}) > 1
+    ]
+    rows = [
+        {
+            "run": run,
+            "finished": f"{run}/manifest.json" in names,
+            "newest": run == runs[0],
+            "best": False,
+            "hyperparameters": {name: values[name] for name in differ if name in values},
+            "metrics": {
+                name: value for name, value in found.items() if type(value) in (int, float) and math.isfinite(value)
+            },
+        }
+        for run, values, found in zip(runs, asked, ended)
+    ]
     metrics = _columns(row["metrics"] for row in rows)
     if metric and metrics and metric not in metrics:
         raise ValueError(f"No run at {url} has a metric {metric!r}; there are: {', '.join(metrics)}.")
@@ -282,8 +317,11 @@ def _render_report(run):
     names = storage.list_files(run)
     values = {each: _load(f"{run}/{each}.json") for each in ("hyperparameters", "metrics", "environment")}
     curves = _read_curves(storage.read(f"{run}/history.csv").decode()) if "history.csv" in names else {}
-    plots = {each[6:-4]: base64.b64encode(storage.read(f"{run}/{each}")).decode() for each in names
-             if each.startswith("plots/") and each != "plots/history.png"}  # the page draws these curves itself
+    plots = {
+        each[6:-4]: base64.b64encode(storage.read(f"{run}/{each}")).decode()
+        for each in names
+        if each.startswith("plots/") and each != "plots/history.png"
+    }  # the page draws these curves itself
     values |= dict(url=run, name=name, curves=curves, plots=plots, comparison=Comparison(folder, [], ""))
     with suppress(StorageError):  # one of the other runs may be damaged
         values["comparison"] = compare(folder)

@@ -70,16 +70,16 @@ def fit(image, size, shorter, squash):
     if to != (width, height):
         image = cv2.resize(image, to, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     top, left = (to[1] - size) // 2, (to[0] - size) // 2
-    return image[top:top + size, left:left + size]
+    return image[top : top + size, left : left + size]
 
 
 def choose_reduction(data, size):
     """OpenCV's flag to decode a JPEG at 1/8, 1/4 or 1/2, which costs less, if both sides still have size pixels."""
     at = 2
     while data[:2] == b"\xff\xd8" and at + 9 < len(data) and data[at] == 0xFF:  # marker by marker to the frame header
-        marker, length = data[at + 1], int.from_bytes(data[at + 2:at + 4], "big")
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            shorter = min(int.from_bytes(data[i:i + 2], "big") for i in (at + 5, at + 7))
+            shorter = min(int.from_bytes(data[i : i + 2], "big") for i in (at + 5, at + 7))
             return next((8 * scale for scale in (8, 4, 2) if shorter >= scale * size), 0)  # 64, 32, 16
         at += 1 if marker == 0xFF else 2 + length  # 0xFF may be repeated before a marker
     return 0
@@ -103,8 +103,17 @@ class S3ImageFolder(Dataset):
     counted in `ignored`.
     """
 
-    def __init__(self, root, transform=None, target_transform=None, loader=decode, on_error="raise", cache_dir=None,
-                 cache_bytes=20 * 2**30, classes=None):
+    def __init__(
+        self,
+        root,
+        transform=None,
+        target_transform=None,
+        loader=decode,
+        on_error="raise",
+        cache_dir=None,
+        cache_bytes=20 * 2**30,
+        classes=None,
+    ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f'on_error is "raise" or "skip", not {on_error!r}')
         self.root, self.transform, self.target_transform = str(root).rstrip("/"), transform, target_transform
@@ -123,10 +132,14 @@ class S3ImageFolder(Dataset):
         small = self.shards and self.table.sizes.sum() <= WINDOW
         self._memory = {} if small else None  # {index: bytes}: a small pack stays there
 
-    samples = property(lambda self: MadeList(len(self), lambda i: (self.url(i), int(self.table.targets[i]))),
-                       doc="[(URL, class index)] of all images, each made when it is asked for.")
-    targets = property(lambda self: MadeList(len(self), lambda i: int(self.table.targets[i])),
-                       doc="[class index] of all images, each made when it is asked for.")
+    samples = property(
+        lambda self: MadeList(len(self), lambda i: (self.url(i), int(self.table.targets[i]))),
+        doc="[(URL, class index)] of all images, each made when it is asked for.",
+    )
+    targets = property(
+        lambda self: MadeList(len(self), lambda i: int(self.table.targets[i])),
+        doc="[class index] of all images, each made when it is asked for.",
+    )
 
     def url(self, index):
         return f"{self.root}/{self.table.name(index)}"
@@ -170,8 +183,12 @@ class S3ImageFolder(Dataset):
             image, target = images[index], int(self.table.targets[index])
             if len(images) < len(indices):  # some come more than once, and a transform may change an image in place
                 image = copy.deepcopy(image)
-            items.append((self.transform(image) if self.transform else image,
-                          self.target_transform(target) if self.target_transform else target))
+            items.append(
+                (
+                    self.transform(image) if self.transform else image,
+                    self.target_transform(target) if self.target_transform else target,
+                )
+            )
         return items
 
     def _fetch_ahead(self, prefetch, batches):
@@ -207,7 +224,9 @@ class S3ImageFolder(Dataset):
         position = {index: i for i, index in enumerate(indices)}
         places, firsts, sizes = (column[indices] for column in (self.table.places, self.table.firsts, self.table.sizes))
         order, requests, start, end = np.lexsort((firsts, places)), [], None, 0
-        for i, place, first, size in zip(*(column[order].tolist() for column in (np.array(indices), places, firsts, sizes))):
+        for i, place, first, size in zip(
+            *(column[order].tolist() for column in (np.array(indices), places, firsts, sizes))
+        ):
             if not requests or place != start[0] or first - end > GAP or first + size - start[1] > RANGE:
                 requests.append([])
                 start = place, first
@@ -264,8 +283,9 @@ class S3ImageFolder(Dataset):
             return data
         data = (future.result() if future else self._fetch([[index]]))[index]
         if self.shards and not isinstance(data, OSError) and crc32(data) != self.table.versions[index].tobytes():
-            data = storage.StorageError(f"{self.url(index)} is damaged in {self.span(index).object}: delete {self.root} "
-                                        "and pack it again.")
+            data = storage.StorageError(
+                f"{self.url(index)} is damaged in {self.span(index).object}: delete {self.root} and pack it again."
+            )
         if isinstance(data, OSError):
             raise data
         if self._memory is not None:
@@ -287,8 +307,11 @@ def loader(dataset, batch_size, shuffle=False, num_workers=0, seed=0, **options)
     workers = {}
     if num_workers:
         multiprocessing.set_forkserver_preload(["__main__", __name__])  # PyTorch is imported once, not by every worker
-        workers = dict(multiprocessing_context="forkserver", persistent_workers=True,
-                       worker_init_fn=functools.partial(_start_worker, dict(os.environ)))
+        workers = dict(
+            multiprocessing_context="forkserver",
+            persistent_workers=True,
+            worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
+        )
     # A generator for the order alone: from the loader's own, persistent workers and none draw differently.
     order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
     batches = dict(batch_size=batch_size, sampler=order)
@@ -296,8 +319,9 @@ def loader(dataset, batch_size, shuffle=False, num_workers=0, seed=0, **options)
         order = options.pop("sampler", order or SequentialSampler(dataset))
         batches = dict(batch_sampler=AnnouncedBatches(order, batch_size, options.pop("drop_last", False)))
         batches["batch_sampler"].num_workers = num_workers
-    return DataLoader(dataset, **batches, num_workers=num_workers, generator=torch.Generator().manual_seed(seed),
-                      **workers, **options)
+    return DataLoader(
+        dataset, **batches, num_workers=num_workers, generator=torch.Generator().manual_seed(seed), **workers, **options
+    )
 
 
 def _start_worker(environment, worker):
@@ -355,7 +379,7 @@ def resume_prefetch(key):
 
 
 def chunks(items, size):
-    return [items[i:i + size] for i in range(0, len(items), size)]
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 @functools.cache

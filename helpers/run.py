@@ -73,12 +73,18 @@ class OwnKernel(AsyncKernelManager):
 def run_papermill(notebook, target, parameters, kernel=OwnKernel):
     """Execute a notebook in a kernel of this Python, with a bar in a terminal; without `target` nothing is kept."""
     papermill.execute_notebook(
-        notebook, target, parameters, kernel_name="python3", language="python", kernel_manager_class=kernel,
+        notebook,
+        target,
+        parameters,
+        kernel_name="python3",
+        language="python",
+        kernel_manager_class=kernel,
         extra_arguments=["--log-level=CRITICAL"],  # else kernels write into the progress bar
         cwd=storage.REPOSITORY / "notebooks" if "://" in str(notebook) else Path(notebook).resolve().parent,
         iopub_timeout=60,  # seconds a busy machine may take to deliver a cell's last output; the default is 4
         coalesce_streams=True,  # of a library's progress bar, keep the last state
-        progress_bar=target and {"desc": Path(notebook).stem, "leave": False, "disable": None})  # None: in a terminal
+        progress_bar=target and {"desc": Path(notebook).stem, "leave": False, "disable": None},
+    )  # None: in a terminal
 
 
 def run_notebooks(notebooks, parameters, output, execute=run_papermill, sweep=False):
@@ -118,8 +124,10 @@ def plan_runs(notebooks, parameters, sweep=False):
     known = {notebook: papermill.inspect_notebook(notebook) if parameters else {} for notebook in notebooks}
     names = set().union(*known.values())
     if unknown := set(parameters) - names:
-        raise ValueError(f"no parameter {', '.join(sorted(unknown))} in these notebooks; there are: "
-                         + (", ".join(sorted(names)) or "none"))
+        raise ValueError(
+            f"no parameter {', '.join(sorted(unknown))} in these notebooks; there are: "
+            + (", ".join(sorted(names)) or "none")
+        )
     outcomes = []
     for notebook in notebooks:
         own = {name: value for name, value in parameters.items() if name in known[notebook]}
@@ -150,8 +158,12 @@ def run_notebook(outcome, output, execute):
         outcome.error = describe_error(error)[0] if error else ""
         if target:
             publish(outcome, target, error)
-        print(f"{outcome.status:6} {outcome.name}, {outcome.error or format_duration(outcome.seconds)}",
-              *(f"       | {line}" for line in outcome.source.splitlines()), sep="\n", flush=True)
+        print(
+            f"{outcome.status:6} {outcome.name}, {outcome.error or format_duration(outcome.seconds)}",
+            *(f"       | {line}" for line in outcome.source.splitlines()),
+            sep="\n",
+            flush=True,
+        )
 
 
 def publish(outcome, target, error):
@@ -193,8 +205,10 @@ def describe_error(error, executed=None):
     if not begun:  # not even the kernel came up
         return line, ""
     source = begun[-1].source.splitlines()
-    return (f"In [{begun[-1].get('execution_count') or '*'}]: {line}",
-            "\n".join(source[:6] + ["..."] * (len(source) > 6)))
+    return (
+        f"In [{begun[-1].get('execution_count') or '*'}]: {line}",
+        "\n".join(source[:6] + ["..."] * (len(source) > 6)),
+    )
 
 
 def read_results(notebook):
@@ -221,8 +235,12 @@ def find_title(notebook):
 
 def find_figures(notebook):
     """The first and the last figure as data: URLs (one when there is only one)."""
-    urls = [f"data:{kind};base64,{''.join(data[kind].split())}" for data in read_outputs(notebook)
-            for kind in ("image/png", "image/jpeg") if kind in data]
+    urls = [
+        f"data:{kind};base64,{''.join(data[kind].split())}"
+        for data in read_outputs(notebook)
+        for kind in ("image/png", "image/jpeg")
+        if kind in data
+    ]
     return urls[:1] + urls[1:][-1:]
 
 
@@ -236,12 +254,20 @@ def sanitize(html):
     """HTML that a cell displayed, without scripts: a class or a file may have any name."""
     attributes = {"*": ["class", "id", "style", "colspan"], "a": ["href"], "img": ["src", "alt"]}
     tags = bleach.ALLOWED_TAGS | set("h1 h2 h3 h4 p div span pre br hr img table thead tbody tr th td del".split())
-    return bleach.clean(html, tags, attributes, {*bleach.ALLOWED_PROTOCOLS, "data"},  # data: pictures
-                        css_sanitizer=CSSSanitizer(["text-align"]))
+    return bleach.clean(
+        html,
+        tags,
+        attributes,
+        {*bleach.ALLOWED_PROTOCOLS, "data"},  # data: pictures
+        css_sanitizer=CSSSanitizer(["text-align"]),
+    )
 
 
-EXPORTER = HTMLExporter(embed_images=True, filters={"sanitize": sanitize},
-                        raw_template=storage.REPOSITORY.joinpath("helpers/page.html.j2").read_text(encoding="utf-8"))
+EXPORTER = HTMLExporter(
+    embed_images=True,
+    filters={"sanitize": sanitize},
+    raw_template=storage.REPOSITORY.joinpath("helpers/page.html.j2").read_text(encoding="utf-8"),
+)
 
 
 def list_facts():
@@ -256,16 +282,23 @@ def render_page(outcome, executed):
     for cell in executed.cells:
         if cell.cell_type == "markdown":  # $$…$$ as MathML, which browsers show by themselves
             cell.source = re.sub(r"(?s)\$\$(.+?)\$\$", lambda match: f"<p>{convert(match[1])}</p>", cell.source)
-    resources = {"metadata": {"name": Path(outcome.name).stem, "path": outcome.notebook.rpartition("/")[0]},
-                 "outcome": outcome, "facts": list_facts()}
+    resources = {
+        "metadata": {"name": Path(outcome.name).stem, "path": outcome.notebook.rpartition("/")[0]},
+        "outcome": outcome,
+        "facts": list_facts(),
+    }
     html = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', EXPORTER.from_notebook_node(executed, resources)[0])
     return storage.redact(re.sub(r'<a href="\.\./[^"]*">(.*?)</a>', r"\1", html))[0]  # the sources are not beside it
 
 
 def render_index(outcomes, total):
     """The page of a run: a card per notebook."""
-    template = jinja2.Template(storage.REPOSITORY.joinpath("helpers/index.html.j2").read_text(encoding="utf-8"),
-                               autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = jinja2.Template(
+        storage.REPOSITORY.joinpath("helpers/index.html.j2").read_text(encoding="utf-8"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return template.render(outcomes=outcomes, total=total, facts=list_facts(), format_duration=format_duration)
 
 
@@ -291,10 +324,20 @@ def pick(picks):
 def make_parser():
     parser = argparse.ArgumentParser(prog="python -m helpers run", description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", help="numbers, names, paths or s3:// URLs; all of notebooks/ without")
-    parser.add_argument("-p", nargs=2, action="append", default=[], dest="parameters", metavar=("NAME", "VALUE"),
-                        help="a parameter, for each of these notebooks that has it")
-    parser.add_argument("--sweep", action="store_true",
-                        help="values with commas between them: run each combination, and compare the results")
+    parser.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        dest="parameters",
+        metavar=("NAME", "VALUE"),
+        help="a parameter, for each of these notebooks that has it",
+    )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="values with commas between them: run each combination, and compare the results",
+    )
     parser.add_argument("-o", "--output", help="folder or s3:// URL for the results; by default in runs/")
     return parser
 
@@ -307,8 +350,10 @@ def main(argv=None, parser=None, prepare=None):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: kernels are ended, results are written
     try:
-        parameters = {name: [parse_value(one) for one in value.split(",")] if given.sweep else parse_value(value)
-                      for name, value in given.parameters}
+        parameters = {
+            name: [parse_value(one) for one in value.split(",")] if given.sweep else parse_value(value)
+            for name, value in given.parameters
+        }
         options = dict(output=given.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}", sweep=given.sweep)
         outcomes = run_notebooks(pick(given.notebooks), parameters, **options | (prepare(given) if prepare else {}))
     except ValueError as error:

@@ -43,8 +43,10 @@ from tqdm import tqdm
 SPLITS = ("train", "val", "test")
 THREADS = 32  # transfers in flight: enough to hide 40 ms a request, few enough for a small server
 SILENCE = 60  # seconds without a byte until a connection counts as broken, however long the transfer takes
-SECRET = re.compile("(SECRET|TOKEN|PASSW|PASSPHRASE|API_KEY|KEY$|SMTP_URL|WEBHOOK|DATABASE_URL|CONNECTION_STRING)"
-                    "(?!.*_(FILE|PATH|DIR)$)")  # in the name of a variable, unless that says that it holds a path
+SECRET = re.compile(
+    "(SECRET|TOKEN|PASSW|PASSPHRASE|API_KEY|KEY$|SMTP_URL|WEBHOOK|DATABASE_URL|CONNECTION_STRING)"
+    "(?!.*_(FILE|PATH|DIR)$)"
+)  # in the name of a variable, unless that says that it holds a path
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -64,8 +66,14 @@ def connect():
 
     Raises StorageError when nothing answers or the key is refused.
     """
-    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_PROFILE",
-             "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+    names = (
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_PROFILE",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    )
     configured = any(map(os.environ.get, names)) or boto3.Session().available_profiles
     if not configured:
         os.environ.update(serve(REPOSITORY / ".s3"))
@@ -86,8 +94,15 @@ def connect():
             busy = error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500  # busy server may have time later
             if not busy and error.response["Error"]["Code"] not in ("AccessDenied", "403"):
                 raise
-    print(f"S3 at {endpoint}" + ("" if configured else " (embedded server over .s3/; to use your own set "
-                                 "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION)"))
+    print(
+        f"S3 at {endpoint}"
+        + (
+            ""
+            if configured
+            else " (embedded server over .s3/; to use your own set "
+            "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION)"
+        )
+    )
 
 
 def forget_connection():
@@ -103,8 +118,11 @@ def is_aws(endpoint):
 
 
 # Other servers may not know the newer checksums of AWS; obstore and other Rust clients ask whether http is allowed.
-NOT_AWS = {"AWS_ALLOW_HTTP": "true", "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-           "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"}
+NOT_AWS = {
+    "AWS_ALLOW_HTTP": "true",
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+}
 _servers = []  # their guards, kept: a server ends when its guard's standard input closes, however this process ends
 
 
@@ -118,10 +136,30 @@ def serve(directory):
     # Folders are read again after a second, so that two notebooks, each with its server, see each other's objects.
     # A session of its own keeps the interrupt of a notebook from the server. The shell closes its own errors, which
     # would hide from us that the server has ended.
-    guard = ["sh", "-c", '"$@" & exec 2>&-; cat >/dev/null; kill -9 $!', "guard", rclone, "serve", "s3", "--config", "",
-             "--addr", "127.0.0.1:0", "--dir-cache-time", "1s", str(directory)]
-    server = subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                              env={**os.environ, "RCLONE_AUTH_KEY": f'"{key},{secret}"'})
+    guard = [
+        "sh",
+        "-c",
+        '"$@" & exec 2>&-; cat >/dev/null; kill -9 $!',
+        "guard",
+        rclone,
+        "serve",
+        "s3",
+        "--config",
+        "",
+        "--addr",
+        "127.0.0.1:0",
+        "--dir-cache-time",
+        "1s",
+        str(directory),
+    ]
+    server = subprocess.Popen(
+        guard,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "RCLONE_AUTH_KEY": f'"{key},{secret}"'},
+    )
     output = ""
     while not (address := re.search(r"http://[0-9.]+:[0-9]+", output)):
         if not (line := server.stderr.readline()):
@@ -130,9 +168,16 @@ def serve(directory):
     threading.Thread(target=deque, args=(server.stderr, 0), daemon=True).start()  # a full pipe would stop the server
     _servers.append(server)
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"]))
-    return {"AWS_ENDPOINT_URL": address[0], "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1", **NOT_AWS,
-            "NO_PROXY": direct, "no_proxy": direct}  # a company's proxy does not lead to this machine
+    return {
+        "AWS_ENDPOINT_URL": address[0],
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        **NOT_AWS,
+        "NO_PROXY": direct,
+        "no_proxy": direct,
+    }  # a company's proxy does not lead to this machine
 
 
 def use_bucket(bucket, profile=None, endpoint_url=None, region=None, unsigned=False, requester_pays=False):
@@ -157,12 +202,17 @@ def client(bucket=None):
 
 @functools.cache
 def _make_client(profile, endpoint_url, region, unsigned, requester_pays):
-    config = Config(max_pool_connections=THREADS, connect_timeout=SILENCE, read_timeout=SILENCE,
-                    signature_version=UNSIGNED if unsigned else None)
+    config = Config(
+        max_pool_connections=THREADS,
+        connect_timeout=SILENCE,
+        read_timeout=SILENCE,
+        signature_version=UNSIGNED if unsigned else None,
+    )
     made = boto3.Session(profile_name=profile).client("s3", region, endpoint_url=endpoint_url, config=config)
     if requester_pays:
-        made.meta.events.register("before-sign.s3", lambda request, **_: request.headers.add_header(
-            "x-amz-request-payer", "requester"))
+        made.meta.events.register(
+            "before-sign.s3", lambda request, **_: request.headers.add_header("x-amz-request-payer", "requester")
+        )
     return made
 
 
@@ -172,8 +222,10 @@ def store(bucket):
     obstore's threads do not survive a fork and would wait for ever, which is why `images.loader` uses "forkserver".
     """
     if _obstore_user.setdefault("pid", os.getpid()) != os.getpid():
-        raise StorageError("S3 was used before this process was forked and would hang here: "
-                           'use images.loader, or multiprocessing_context="forkserver" in your DataLoader.')
+        raise StorageError(
+            "S3 was used before this process was forked and would hang here: "
+            'use images.loader, or multiprocessing_context="forkserver" in your DataLoader.'
+        )
     return _make_store(bucket)
 
 
@@ -186,8 +238,15 @@ def _make_store(bucket):
     limits = {"allow_http": True, "timeout": "365d", "connect_timeout": f"{SILENCE}s", "read_timeout": f"{SILENCE}s"}
     if bundle := botocore.session.get_session().get_config_variable("ca_bundle"):
         limits["root_certificate"] = Path(bundle).read_bytes()
-    return S3Store(bucket, endpoint=meta.endpoint_url, region=meta.region_name, client_options=limits,
-                   request_payer=bool(requester_pays), retry_config={"max_retries": 0}, **keys)
+    return S3Store(
+        bucket,
+        endpoint=meta.endpoint_url,
+        region=meta.region_name,
+        client_options=limits,
+        request_payer=bool(requester_pays),
+        retry_config={"max_retries": 0},
+        **keys,
+    )
 
 
 _obstore_user = {}  # its process, which a forked one inherits
@@ -215,27 +274,32 @@ def _translate(url, error):
     code = match[match.lastindex] if match else type(error).__name__
     if bucket and "bucket does not exist" in text:
         code = "NoSuchBucket"
-    silent = re.search("could not connect|timed? ?out|connection refused|error sending request|ConnectError", text, re.I)
+    silent = re.search(
+        "could not connect|timed? ?out|connection refused|error sending request|ConnectError", text, re.I
+    )
     known = {code: sentence for codes, sentence in _SENTENCES.items() for code in codes.split()}
     sentence = (known.get(code) or known["silent" if silent else "other"]).format(
-        url=url, bucket=bucket, endpoint=endpoint, region=region, code=code, place=f" at {endpoint}" if bucket else "",
-        what="name" if "://" in str(url) else "path", said=next(iter(str(error).splitlines()), ""))
+        url=url,
+        bucket=bucket,
+        endpoint=endpoint,
+        region=region,
+        code=code,
+        place=f" at {endpoint}" if bucket else "",
+        what="name" if "://" in str(url) else "path",
+        said=next(iter(str(error).splitlines()), ""),
+    )
     return (NotFound if sentence.startswith("There is no ") else StorageError)(sentence)
 
 
 _SENTENCES = {  # by the codes of servers and libraries
     "NoSuchBucket": "There is no bucket {bucket!r} at {endpoint}: check the name, or create it with notebook 01 "
-                    "(make run NOTEBOOKS=01).",
+    "(make run NOTEBOOKS=01).",
     "NoSuchKey 404 NotFound NotFoundError FileNotFoundError": "There is no {url}{place}: check the {what}.",
     "BucketAlreadyExists": "The bucket {bucket!r} at {endpoint} is somebody else's: choose another name.",
-    "InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken UnauthenticatedError":
-        "{endpoint} refuses the key ({code}): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
-    "AccessDenied AllAccessDisabled 403 PermissionDeniedError PermissionError":
-        "No permission for {url} at {endpoint}: ask its owner to allow it, or use another key.",
-    "PermanentRedirect 301 AuthorizationHeaderMalformed IllegalLocationConstraintException":
-        "{url} is not in {region}: set AWS_REGION to the bucket's region.",
-    "NoCredentialsError PartialCredentialsError":
-        "No key for {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
+    "InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken UnauthenticatedError": "{endpoint} refuses the key ({code}): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+    "AccessDenied AllAccessDisabled 403 PermissionDeniedError PermissionError": "No permission for {url} at {endpoint}: ask its owner to allow it, or use another key.",
+    "PermanentRedirect 301 AuthorizationHeaderMalformed IllegalLocationConstraintException": "{url} is not in {region}: set AWS_REGION to the bucket's region.",
+    "NoCredentialsError PartialCredentialsError": "No key for {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
     "BadZipFile": "{url}: {said}: the zip is damaged or cut off, download or make it again.",
     "silent": "Nothing answers at {endpoint} ({url}): does the server run, is AWS_ENDPOINT_URL right?",
     "other": "{url}: {code}: {said}",
@@ -269,7 +333,9 @@ def redact(text):
         # A short one may be a well-known default such as "minioadmin", which any text may mention.
         for secret in [secret for secret in hidden if len(secret) >= 12] + ([f":{match[1]}@"] if match else []):
             shown = {secret, repr(secret)[1:-1], quote(secret, safe="")}  # as it is, as Python shows it, in an address
-            for written in shown | {json.dumps(form, ensure_ascii=False)[1:-1] for form in shown}:  # and these in a file
+            for written in shown | {
+                json.dumps(form, ensure_ascii=False)[1:-1] for form in shown
+            }:  # and these in a file
                 if written in text:
                     text = text.replace(written, "***")
                     leaked.add(name)
@@ -288,8 +354,18 @@ def progress(total, description, unit="B", **options):
     """The progress bar used everywhere: a line of text, which in a notebook is one output that is updated in place."""
     kernel = type(sys.stdout).__module__ == "ipykernel.iostream"  # not where a cell redirects or captures its output
     file, ascii = (io.StringIO(), False) if kernel else (sys.stdout, None)
-    bar = tqdm(total=total, desc=description, unit=unit, unit_scale=unit == "B", unit_divisor=1024, ncols=100,
-               mininterval=0.25, file=file, ascii=ascii, **options)
+    bar = tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        unit_scale=unit == "B",
+        unit_divisor=1024,
+        ncols=100,
+        mininterval=0.25,
+        file=file,
+        ascii=ascii,
+        **options,
+    )
     if kernel and not bar.disable:
         from IPython.display import display
 
@@ -321,6 +397,7 @@ def broadcast(value):
 
 def run_in_first_process(function):
     """Decorator: only the first process calls the function; the others wait, and get its result or StorageError."""
+
     @functools.wraps(function)
     def call(*args, **options):
         result = error = None
@@ -333,6 +410,7 @@ def run_in_first_process(function):
         if error:
             raise error
         return result
+
     return call
 
 
@@ -367,8 +445,9 @@ def delete_bucket(name, contents=False):
         if contents:
             delete(f"s3://{name}")
         elif client(name).list_objects_v2(Bucket=name, MaxKeys=1).get("Contents"):
-            raise StorageError(f"The bucket {name!r} is not empty: delete_bucket({name!r}, contents=True) deletes it "
-                               "all.")
+            raise StorageError(
+                f"The bucket {name!r} is not empty: delete_bucket({name!r}, contents=True) deletes it all."
+            )
         client(name).delete_bucket(Bucket=name)
 
 
@@ -390,8 +469,15 @@ def list_pages(url, convert=list):
         """One answer, and what to ask for next: [(folder, the key after which to go on, whether through boto3)]."""
         if exact:  # slower than obstore, but every key: a//b, a/./b and a/, too
             page = client(bucket).list_objects_v2(Bucket=bucket, Prefix=folder and f"{folder}/", StartAfter=after)
-            items = [{"path": item["Key"], "size": item["Size"], "e_tag": item["ETag"],
-                      "last_modified": item["LastModified"]} for item in page.get("Contents", ())]
+            items = [
+                {
+                    "path": item["Key"],
+                    "size": item["Size"],
+                    "e_tag": item["ETag"],
+                    "last_modified": item["LastModified"],
+                }
+                for item in page.get("Contents", ())
+            ]
             following = [(folder, items[-1]["path"], True)] if page["IsTruncated"] else []
             return [item for item in items if not item["path"].endswith("/")], following
         items = next(obstore.list(store(bucket), folder or None, offset=after or None, chunk_size=1000), [])
@@ -436,8 +522,13 @@ def open_filesystem(url):
     """The file system and path of any fsspec URL; errors within become StorageErrors that name the URL."""
     bucket = parse(url)[0] if str(url).startswith("s3://") else None
     profile, endpoint_url, region, unsigned, requester_pays = _bucket_options(bucket)
-    options = {"profile": profile, "endpoint_url": endpoint_url, "anon": unsigned, "requester_pays": requester_pays,
-               "client_kwargs": region and {"region_name": region}}
+    options = {
+        "profile": profile,
+        "endpoint_url": endpoint_url,
+        "anon": unsigned,
+        "requester_pays": requester_pays,
+        "client_kwargs": region and {"region_name": region},
+    }
     try:
         with translate_errors(url):
             yield fsspec.url_to_fs(str(url), **{name: value for name, value in options.items() if value})
@@ -473,7 +564,7 @@ def list_files(url):
     with open_filesystem(url) as (filesystem, path):
         filesystem.invalidate_cache()
         path = path.rstrip("/")  # gcsfs leaves it
-        return sorted(name[len(path) + 1:] for name in filesystem.find(path))
+        return sorted(name[len(path) + 1 :] for name in filesystem.find(path))
 
 
 def find_files(url, endings):
@@ -509,7 +600,7 @@ def delete(url):
         keys = [item["Key"] for item in first.get("Contents", ()) if item["Key"] == key]  # the object itself, if any
         keys += [item["Key"] for page in under for item in page.get("Contents", ())]  # a//b and a/, too
         with progress(len(keys), f"deleting {url}", "object", disable=len(keys) < 1000) as bar:
-            for batch in (keys[i:i + 1000] for i in range(0, len(keys), 1000)):  # a request takes a thousand
+            for batch in (keys[i : i + 1000] for i in range(0, len(keys), 1000)):  # a request takes a thousand
                 named = {"Objects": [{"Key": key} for key in batch], "Quiet": True}
                 for error in client(bucket).delete_objects(Bucket=bucket, Delete=named).get("Errors", ()):
                     raise ClientError({"Error": error}, "DeleteObjects")

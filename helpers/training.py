@@ -80,8 +80,20 @@ class TrainLoop:
     options: of accelerate's Accelerator, which finds the device and the processes, such as mixed_precision="bf16".
     """
 
-    def __init__(self, model, train_loader=None, val_loader=None, test_loader=None, *, optimizer=None, criterion=None,
-                 scheduler=None, metrics=None, accumulate=1, **options):
+    def __init__(
+        self,
+        model,
+        train_loader=None,
+        val_loader=None,
+        test_loader=None,
+        *,
+        optimizer=None,
+        criterion=None,
+        scheduler=None,
+        metrics=None,
+        accumulate=1,
+        **options,
+    ):
         AcceleratorState._reset_state()  # each loop has its own precision
         options.setdefault("cpu", not torch.accelerator.is_available())  # several CPU processes have to ask for it
         self.accelerator = Accelerator(**options)
@@ -109,8 +121,14 @@ class TrainLoop:
         shards itself for training; what cannot be divided is evaluated whole by every process.
         """
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
-        if (loader is None or processes == 1 or isinstance(loader.dataset, IterableDataset)
-                or loader.batch_sampler is None or not even and len(loader) < processes):
+        if (
+            loader is None
+            or processes == 1
+            or isinstance(loader.dataset, IterableDataset)
+            or loader.batch_sampler is None
+            or not even
+            and len(loader) < processes
+        ):
             return loader
         if isinstance(loader.sampler, RandomSampler) and loader.sampler.generator is None:
             [seed] = broadcast_object_list([torch.initial_seed()])
@@ -326,8 +344,10 @@ class TrainLoop:
     def load_state_dict(self, state):
         """Continue from what `state_dict` returned. Raises ValueError for other processes, optimizers or callbacks."""
         if (count := len(state["processes"])) != self.accelerator.num_processes:
-            raise ValueError(f"This training was begun with {count} processes and cannot go on with "
-                             f"{self.accelerator.num_processes}: use as many, or another place for its checkpoints.")
+            raise ValueError(
+                f"This training was begun with {count} processes and cannot go on with "
+                f"{self.accelerator.num_processes}: use as many, or another place for its checkpoints."
+            )
         for part, saved in zip(self._parts(), state["parts"], strict=True):
             part.load_state_dict(saved)
         for optimizer in self.optimizers:
@@ -350,13 +370,20 @@ class TrainLoop:
 
 def _random_sources(device, *loaders):
     """{name: (get state, set state)} for every source of randomness: Python, NumPy, PyTorch, the loaders."""
-    sources = {"python": (random.getstate, random.setstate), "numpy": (np.random.get_state, np.random.set_state),
-               "torch": (torch.get_rng_state, torch.set_rng_state)}
+    sources = {
+        "python": (random.getstate, random.setstate),
+        "numpy": (np.random.get_state, np.random.set_state),
+        "torch": (torch.get_rng_state, torch.set_rng_state),
+    }
     if device.type != "cpu":
         module = torch.get_device_module(device)
         sources[device.type] = (module.get_rng_state, module.set_rng_state)
-    owners = [owner for loader in loaders if loader is not None
-              for owner in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))]
+    owners = [
+        owner
+        for loader in loaders
+        if loader is not None
+        for owner in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    ]
     generators = dict.fromkeys(getattr(owner, "generator", None) for owner in owners)
     generators.pop(None, None)
     return sources | {f"loader {i}": (each.get_state, each.set_state) for i, each in enumerate(generators)}
@@ -387,6 +414,13 @@ def best_precision():
 
 def _replace_order(loader, batch_sampler):
     """A loader like this one, with its batches drawn by batch_sampler."""
-    names = ("num_workers", "collate_fn", "pin_memory", "generator", "worker_init_fn", "multiprocessing_context",
-             "persistent_workers")
+    names = (
+        "num_workers",
+        "collate_fn",
+        "pin_memory",
+        "generator",
+        "worker_init_fn",
+        "multiprocessing_context",
+        "persistent_workers",
+    )
     return DataLoader(loader.dataset, batch_sampler=batch_sampler, **{name: getattr(loader, name) for name in names})

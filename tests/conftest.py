@@ -20,12 +20,23 @@ from servers.embedded import cleaned, connected  # noqa: E402
 # What AWS offers is read from its large files once, not at each connection, where it takes 0.2 s of the processor.
 botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)
 
-LONGEST = ("test_notebooks.py", "test_notebooks_models.py", "test_training_exact.py", "test_processes.py", "test_rent.py",
-           "test_storage.py", "test_bot.py", "test_run.py", "test_convert.py")  # first, so that none is left for the end
+LONGEST = (
+    "test_notebooks.py",
+    "test_notebooks_models.py",
+    "test_training_exact.py",
+    "test_processes.py",
+    "test_rent.py",
+    "test_storage.py",
+    "test_bot.py",
+    "test_run.py",
+    "test_convert.py",
+)  # first, so that none is left for the end
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: large by nature; left out unless asked for with `-m slow` (make test-slow)")
+    config.addinivalue_line(
+        "markers", "slow: large by nature; left out unless asked for with `-m slow` (make test-slow)"
+    )
     config.option.markexpr = config.option.markexpr or "not slow"
 
 
@@ -88,12 +99,17 @@ def bucket():
 @pytest.fixture
 def every(tmp_path):
     """every(n): a zip of every n-th of the leaves."""
+
     def make(n):
         path = tmp_path / "some_leaves.zip"
-        with zipfile.ZipFile(storage.REPOSITORY / "data_samples/leaves.zip") as leaves, zipfile.ZipFile(path, "w") as some:
+        with (
+            zipfile.ZipFile(storage.REPOSITORY / "data_samples/leaves.zip") as leaves,
+            zipfile.ZipFile(path, "w") as some,
+        ):
             for name in leaves.namelist()[::n]:
                 some.writestr(leaves.getinfo(name), leaves.read(name))  # with its date: the same bytes again
         return str(path)
+
     return make
 
 

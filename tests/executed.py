@@ -76,13 +76,17 @@ class ForkedKernel(run.OwnKernel):
 
     def format_kernel_cmd(self, extra_arguments=None):
         command = super().format_kernel_cmd(extra_arguments)
-        return [sys.executable, "-ISc", CLIENT, start_server(), *command[command.index("ipykernel_launcher") + 1:]]
+        return [sys.executable, "-ISc", CLIENT, start_server(), *command[command.index("ipykernel_launcher") + 1 :]]
 
 
 def try_to_run(notebooks, parameters, output):
     """The Outcomes of notebooks by number."""
-    return run.run_notebooks([BY_NUMBER[number] for number in notebooks.split()], parameters, output,
-                             functools.partial(run.run_papermill, kernel=ForkedKernel))
+    return run.run_notebooks(
+        [BY_NUMBER[number] for number in notebooks.split()],
+        parameters,
+        output,
+        functools.partial(run.run_papermill, kernel=ForkedKernel),
+    )
 
 
 def execute(numbers, output, **parameters):

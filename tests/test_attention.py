@@ -15,8 +15,19 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (BartConfig, BartForConditionalGeneration, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel,
-                          LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast)
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from helpers import experiment, run, storage
 from helpers.chapters import attention, convert
@@ -35,25 +46,52 @@ def word_tokenizer():
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-                                   model_max_length=32)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=32
+    )
 
 
 def gpt2(**options):
     """Random weights large enough that its attention is not just even."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), n_positions=32, n_embd=24, n_layer=3, n_head=4,
-                                      initializer_range=0.5, bos_token_id=1,
-                                      eos_token_id=1, attn_implementation="sdpa", **options))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(WORDS),
+            n_positions=32,
+            n_embd=24,
+            n_layer=3,
+            n_head=4,
+            initializer_range=0.5,
+            bos_token_id=1,
+            eos_token_id=1,
+            attn_implementation="sdpa",
+            **options,
+        )
+    )
 
 
 def bart():
     torch.manual_seed(0)
-    model = BartForConditionalGeneration(BartConfig(
-        vocab_size=len(WORDS), max_position_embeddings=32, d_model=24, encoder_layers=1, decoder_layers=2,
-        encoder_attention_heads=2, decoder_attention_heads=3, encoder_ffn_dim=32, decoder_ffn_dim=32, init_std=0.5,
-        pad_token_id=0, eos_token_id=1, bos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=None,
-        attn_implementation="sdpa"))
+    model = BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=len(WORDS),
+            max_position_embeddings=32,
+            d_model=24,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=3,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            init_std=0.5,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=1,
+            decoder_start_token_id=1,
+            forced_eos_token_id=None,
+            attn_implementation="sdpa",
+        )
+    )
     model.generation_config.max_new_tokens = 8
     return model
 
@@ -103,8 +141,10 @@ def test_cross_attention_is_the_decoders_over_the_encoders_tokens():
     assert example.source == [*source.split(), "</s>"] and example.target == [*target.split(), "</s>"]
     assert np.stack(example.weights).shape == (2, 3, 5, 7)
     for layer, each in enumerate(layers):
-        projected = (heads_of(project(kept[layer][-1].reshape(-1, 24)), 3)
-                     for project, kept in ((each.q_proj, queries), (each.k_proj, keys)))
+        projected = (
+            heads_of(project(kept[layer][-1].reshape(-1, 24)), 3)
+            for project, kept in ((each.q_proj, queries), (each.k_proj, keys))
+        )
         query, key = projected
         expected = (query @ key.transpose(1, 2) / 8**0.5).softmax(-1)
         assert np.allclose(example.weights[layer], expected.detach(), atol=1e-6) and example.weights[layer].std() > 0.05
@@ -181,8 +221,14 @@ def test_models_without_attention_are_named():
 
 def test_other_models_of_transformers_and_texts_that_are_too_long():
     torch.manual_seed(0)
-    small = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                 intermediate_size=16, max_position_embeddings=8)
+    small = dict(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=8,
+    )
     for model in (BertModel(BertConfig(**small)), LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=1))):
         [example] = attention.collect(model, word_tokenizer(), LONG)  # one text, too
         assert np.stack(example.weights).shape == (2, 2, 8, 8) and example.source == [*LONG.split()[:7], "</s>"]
@@ -303,7 +349,12 @@ def test_html_is_self_contained_and_safe_and_has_all_weights():
     data = page_data(page)
     assert [shown["source"] for shown in data["examples"]] == [example.source for example in examples]
     assert [layer["name"] for layer in data["examples"][0]["layers"]] == [
-        "layer 1", "layer 2", "layer 3", "all layers", "rollout"]
+        "layer 1",
+        "layer 2",
+        "layer 3",
+        "all layers",
+        "rollout",
+    ]
     for shown, example in zip(data["examples"], examples):
         views = [*example.weights, attention.mean(example)[None], attention.rollout(example)[None]]
         for layer, weights in zip(shown["layers"], views):
@@ -378,8 +429,11 @@ def trained(url, epochs=2, callbacks=True, **options):
     """The model and its loop, with a Heatmaps callback on TEXTS, or without."""
     model, tokenizer = gpt2(), word_tokenizer()
     ids = tokenizer([LONG] * 4, return_tensors="pt")["input_ids"]
-    loop = TrainLoop(model, DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None),
-                     optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    loop = TrainLoop(
+        model,
+        DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None),
+        optimizer=torch.optim.SGD(model.parameters(), 0.1),
+    )
     loop.fit(epochs, [attention.Heatmaps(url, tokenizer, TEXTS, **options)] if callbacks else ())
     return model, loop
 

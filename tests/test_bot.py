@@ -27,9 +27,11 @@ from helpers.chapters import bot
 from helpers.chapters import jokes as language
 
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS = [("What do <b>bold</b> letters & cats have in common?", 'Both < lean </b> & say "meow".'),
-         ("Why did the lighthouse keeper smile?", "The night was bright."),
-         ("What is a gardener's favourite novel?", "War and Peas.")]
+PAIRS = [
+    ("What do <b>bold</b> letters & cats have in common?", 'Both < lean </b> & say "meow".'),
+    ("Why did the lighthouse keeper smile?", "The night was bright."),
+    ("What is a gardener's favourite novel?", "War and Peas."),
+]
 numbers = itertools.count()
 
 
@@ -119,8 +121,10 @@ def test_a_database_of_the_version_before_keeps_its_votes(database, notebook):
     with bot.connection():
         table.execute_sql("DROP TABLE vote")
         table.execute_sql("DROP TABLE joke")
-        for columns in ("joke (id BIGINT PRIMARY KEY, source TEXT, question TEXT, answer TEXT, told REAL)",
-                        "vote (joke_id BIGINT, person TEXT, liked BOOLEAN, voted REAL, PRIMARY KEY (joke_id, person))"):
+        for columns in (
+            "joke (id BIGINT PRIMARY KEY, source TEXT, question TEXT, answer TEXT, told REAL)",
+            "vote (joke_id BIGINT, person TEXT, liked BOOLEAN, voted REAL, PRIMARY KEY (joke_id, person))",
+        ):
             table.execute_sql(f"CREATE TABLE {columns}")
         table.execute_sql("INSERT INTO joke VALUES (17, 'model', 'How?', 'So.', 1)")
         table.execute_sql("INSERT INTO vote VALUES (17, 'me', true, 2)")
@@ -133,7 +137,7 @@ def test_a_database_of_the_version_before_keeps_its_votes(database, notebook):
 
 def test_jokes_that_people_like_are_the_next_data_set(notebook, sqlite, tmp_path):
     joke, private = PAIRS[0], ("My secret?", "No.")
-    other = 'Is it, "true", that\nwe quote?', 'Yes, "so", and \'so\'.'
+    other = 'Is it, "true", that\nwe quote?', "Yes, \"so\", and 'so'."
     for number in range(6):
         first, second = (bot.record(source, *joke) for source in ("model", "people"))
         bot.vote(first.id, f"fan {number}", False)
@@ -154,7 +158,10 @@ def test_jokes_that_people_like_are_the_next_data_set(notebook, sqlite, tmp_path
         table = list(csv.DictReader(file))
     assert [row["answer"] for row in table] == [row["answer"] for row in rows]
     assert Counter((row["asked"], row["liked"]) for row in table) == {
-        ("False", "True"): 11, ("False", "False"): 7, ("True", "True"): 6}
+        ("False", "True"): 11,
+        ("False", "False"): 7,
+        ("True", "True"): 6,
+    }
     if find_spec("pyarrow"):
         import pyarrow.parquet
 
@@ -223,13 +230,20 @@ def test_a_restarted_server_breaks_nothing(postgres):
 
 
 SERVER = "postgresql://bot:{}@127.0.0.1"
-BAD = {"no scheme": "jokes.db", "mysql": "mysql://bot:{}@127.0.0.1/jokes", "no server": SERVER + ":9/jokes",
-       "not encoded": "postgresql://bot:{raw}@127.0.0.1:{port}/jokes",
-       "a hash": "postgresql://bot:w:rd#1@127.0.0.1/jokes",
-       "a question mark": "postgresql://bot:1?w:rd=w:rd@127.0.0.1/jokes", "no port": SERVER + ":w:rd/jokes",
-       "wrong password": "postgresql://bot:{}x@127.0.0.1:{port}/postgres",
-       "password as an option": "postgresql://bot@127.0.0.1:{port}/nowhere?password={}",
-       "no folder": "sqlite:////proc/nowhere/jokes.db", "a folder": "sqlite:////proc", "no file": "sqlite://"}
+BAD = {
+    "no scheme": "jokes.db",
+    "mysql": "mysql://bot:{}@127.0.0.1/jokes",
+    "no server": SERVER + ":9/jokes",
+    "not encoded": "postgresql://bot:{raw}@127.0.0.1:{port}/jokes",
+    "a hash": "postgresql://bot:w:rd#1@127.0.0.1/jokes",
+    "a question mark": "postgresql://bot:1?w:rd=w:rd@127.0.0.1/jokes",
+    "no port": SERVER + ":w:rd/jokes",
+    "wrong password": "postgresql://bot:{}x@127.0.0.1:{port}/postgres",
+    "password as an option": "postgresql://bot@127.0.0.1:{port}/nowhere?password={}",
+    "no folder": "sqlite:////proc/nowhere/jokes.db",
+    "a folder": "sqlite:////proc",
+    "no file": "sqlite://",
+}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -333,8 +347,9 @@ def process(tmp_path, server, *arguments, code=None, ready=True, **env):
     inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     env = {**inherited, "TELEGRAM_BOT_TOKEN": tg.TOKEN, "JOKES_DATABASE_URL": f"sqlite:///{tmp_path}/jokes.db", **env}
     with open(tmp_path / "log", "wb") as log:
-        running = subprocess.Popen([sys.executable, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                   cwd=ROOT, env=env)
+        running = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=env
+        )
     running.log = lambda: (tmp_path / "log").read_text()
     try:
         if ready:
@@ -383,8 +398,10 @@ def buttons(message):
 
 def answer(server, query):
     """The text of the bot's answer to the press of a button."""
-    return server.wait(lambda: [call["text"] for call in server.called("answerCallbackQuery")
-                                if call["callback_query_id"] == query], "the answer to a vote")[0]
+    return server.wait(
+        lambda: [call["text"] for call in server.called("answerCallbackQuery") if call["callback_query_id"] == query],
+        "the answer to a vote",
+    )[0]
 
 
 def votes(server):
@@ -437,8 +454,15 @@ def test_a_vote_below_a_message_that_is_too_old_counts(chat):
     message, before = chat.reply(8), votes(chat)
     old = {"message_id": message["message_id"], "date": 0, "chat": message["chat"]}
     chat.queries.clear()  # nor can the query be answered any more
-    chat.push(callback_query={"id": "1", **{"from": message["chat"] | {"is_bot": False}}, "chat_instance": "1",
-                              "data": buttons(message)["👍"], "message": old})
+    chat.push(
+        callback_query={
+            "id": "1",
+            **{"from": message["chat"] | {"is_bot": False}},
+            "chat_instance": "1",
+            "data": buttons(message)["👍"],
+            "message": old,
+        }
+    )
     chat.wait(lambda: votes(chat) == (before[0] + 1, before[1] + 1), "the vote")
     chat.press(9, None, buttons(message)["👎"])  # of an inline message
     chat.wait(lambda: votes(chat) == (before[0] + 2, before[1] + 1), "the other vote")
@@ -457,10 +481,16 @@ def test_what_is_no_question_is_explained_and_what_is_no_message_is_not(chat):
 
 
 def test_a_busy_telegram_gets_everything_in_the_end(chat):
-    chat.answers["sendMessage"] += [tg.refusal(429, "Too Many Requests: retry after 1", retry_after=1),
-                                    tg.refusal(502, "Bad Gateway"), (0, None)]
-    chat.answers["getUpdates"] += [tg.refusal(500, "Internal Server Error"), (200, {"ok": True}),
-                                   tg.refusal(429, "Too Many Requests: retry after 1", retry_after=1)]
+    chat.answers["sendMessage"] += [
+        tg.refusal(429, "Too Many Requests: retry after 1", retry_after=1),
+        tg.refusal(502, "Bad Gateway"),
+        (0, None),
+    ]
+    chat.answers["getUpdates"] += [
+        tg.refusal(500, "Internal Server Error"),
+        (200, {"ok": True}),
+        tg.refusal(429, "Too Many Requests: retry after 1", retry_after=1),
+    ]
     chat.say(12, "Why is the lighthouse bright?")
     assert chat.reply(12)["text"].startswith("Why is the lighthouse bright?")
     assert not chat.answers["sendMessage"] and len(chat.sent(12)) == 1
@@ -500,13 +530,21 @@ def test_sigterm_finishes_what_is_in_flight(tmp_path):
         assert not server.updates or int(server.called("getUpdates")[-1]["offset"]) > server.updates[-1][0]
 
 
-@pytest.mark.parametrize("kind, said", [
-    ("refused", "Telegram refuses the token"), ("no network", "http://127.0.0.1:9 does not answer as Telegram"),
-    ("no Telegram", "does not answer as Telegram"), ("malformed", "TELEGRAM_BOT_TOKEN"),
-    ("mysql", "JOKES_DATABASE_URL")])
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("refused", "Telegram refuses the token"),
+        ("no network", "http://127.0.0.1:9 does not answer as Telegram"),
+        ("no Telegram", "does not answer as Telegram"),
+        ("malformed", "TELEGRAM_BOT_TOKEN"),
+        ("mysql", "JOKES_DATABASE_URL"),
+    ],
+)
 def test_it_says_what_is_wrong_and_not_the_token(kind, said, tmp_path):
-    env = {"malformed": {"TELEGRAM_BOT_TOKEN": "tell-nobody"},
-           "mysql": {"JOKES_DATABASE_URL": "mysql://bot:tell-nobody@127.0.0.1/jokes"}}.get(kind, {})
+    env = {
+        "malformed": {"TELEGRAM_BOT_TOKEN": "tell-nobody"},
+        "mysql": {"JOKES_DATABASE_URL": "mysql://bot:tell-nobody@127.0.0.1/jokes"},
+    }.get(kind, {})
     with tg.telegram() as server:
         server.valid = kind != "refused"
         server.url = "http://127.0.0.1:9" if kind == "no network" else server.url
@@ -541,8 +579,11 @@ def test_an_error_is_told_politely_and_logged(chat):
 @pytest.fixture(scope="module")
 def notebook():
     """notebook(*texts): the names that the code cells with these texts define, one after the other."""
-    cells = [cell.source for cell in nbformat.read(ROOT / "notebooks/07_joke_bot.ipynb", as_version=4).cells
-             if cell.cell_type == "code"]
+    cells = [
+        cell.source
+        for cell in nbformat.read(ROOT / "notebooks/07_joke_bot.ipynb", as_version=4).cells
+        if cell.cell_type == "code"
+    ]
 
     def run_cells(*texts, **names):
         names = {**vars(bot), **names}
@@ -550,6 +591,7 @@ def notebook():
             [source] = [source for source in cells if text in source]
             exec(source, names)
         return names
+
     return run_cells
 
 
@@ -599,15 +641,25 @@ def test_the_models_of_a_bucket_are_found(notebook, models, embedded, bucket):
 def test_what_cannot_be_a_source_is_named(tmp_path):
     empty = tmp_path / "empty.csv"
     empty.write_text("ID,Question,Answer\n")
-    for url, said in ((str(empty), "holds no jokes"), (str(tmp_path / "none.csv"), "none.csv"),
-                      (str(tmp_path / "model"), "NOTEBOOKS=05")):
+    for url, said in (
+        (str(empty), "holds no jokes"),
+        (str(tmp_path / "none.csv"), "none.csv"),
+        (str(tmp_path / "model"), "NOTEBOOKS=05"),
+    ):
         with pytest.raises(storage.StorageError, match=said):
             bot.load_sources([url])
 
 
 def test_the_panel_of_the_notebook(notebook, sqlite):
     with joke_bot({"model": echo}, per_minute=3, stock=0) as jokes:
-        shown = notebook("def panel", "def picture", jokes=jokes, sources={"people": bot.People(PAIRS)}, human="people", display=print)
+        shown = notebook(
+            "def panel",
+            "def picture",
+            jokes=jokes,
+            sources={"people": bot.People(PAIRS)},
+            human="people",
+            display=print,
+        )
         assert "Both &lt; lean" in shown["picture"](bot.Joke(question=PAIRS[0][0], answer=PAIRS[0][1]), "👍").data
         panel = shown["panel"](jokes)
         (question, tell), shown, buttons = panel.children[0].children, panel.children[1], panel.children[2]

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 
 from helpers import callbacks, experiment, storage, training
 from helpers.callbacks import Checkpoint, ClipGradients, EarlyStopping, LearningRate, SaveHistory
-from helpers.chapters.recipes import (ConstantPrediction, DryRun, GradientStatistics, Notify, TensorBoard,
-                                      TerminateOnNaN)
+from helpers.chapters.recipes import ConstantPrediction, DryRun, GradientStatistics, Notify, TensorBoard, TerminateOnNaN
 from helpers.training import Callback, CancelFit, TrainLoop
 from servers import free_port
 
@@ -68,8 +67,13 @@ def make_loop(rates=(0.1,), seen=None, val=True, kind=torch.optim.SGD, **options
     parts = [model] if len(rates) == 1 else [model.body, model.head]
     optimizers = [kind(part.parameters(), lr=rate) for part, rate in zip(parts, rates)]
     train = batches(seen=seen, shuffle=True, generator=torch.Generator().manual_seed(3))
-    return TrainLoop(model, train, batches(1, seen=seen) if val else None, optimizer=optimizers,
-                     **{"criterion": nn.CrossEntropyLoss(), **options})
+    return TrainLoop(
+        model,
+        train,
+        batches(1, seen=seen) if val else None,
+        optimizer=optimizers,
+        **{"criterion": nn.CrossEntropyLoss(), **options},
+    )
 
 
 def same(one, other):
@@ -83,8 +87,10 @@ def timeless(history):
 
 def script(name, values):
     """Puts these values into the history, epoch by epoch."""
+
     def write(loop):
         loop.history[-1][name] = values[len(loop.history) - 1]
+
     return Call(after_epoch=write, order=-50)
 
 
@@ -149,18 +155,22 @@ COSINE = [0.1, 0.09755283, 0.09045085, 0.07938926, 0.06545085, 0.05, 0.03454915,
 WARM = [0.1 / 3, 0.2 / 3, 0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375, 0.025, 0.0125]
 
 
-@pytest.mark.parametrize("schedule, options, expected", [
-    ("constant", {}, [0.1] * 10),
-    ("constant", {"warmup": 3}, [0.025, 0.05, 0.075] + [0.1] * 7),
-    ("linear", {}, [0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01]),
-    ("linear", {"warmup": 2}, WARM),
-    ("linear", {"warmup": 0.2}, WARM),
-    ("cosine", {}, COSINE),
-    ("cosine", {"cycles": 2}, COSINE[::2] * 2),
-    ("cosine", {"warmup": 2, "cycles": 2}, WARM[:2] + [0.1, 0.08535534, 0.05, 0.01464466] * 2),
-    ("linear", {"every": "epoch"}, [0.1] * 5 + [0.05] * 5),
-    (lambda optimizer: lr_scheduler.StepLR(optimizer, 4, 0.5), {}, [0.1] * 4 + [0.05] * 4 + [0.025] * 2),
-    (lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.3), {"every": "epoch"}, [0.1] * 5 + [0.03] * 5)])
+@pytest.mark.parametrize(
+    "schedule, options, expected",
+    [
+        ("constant", {}, [0.1] * 10),
+        ("constant", {"warmup": 3}, [0.025, 0.05, 0.075] + [0.1] * 7),
+        ("linear", {}, [0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01]),
+        ("linear", {"warmup": 2}, WARM),
+        ("linear", {"warmup": 0.2}, WARM),
+        ("cosine", {}, COSINE),
+        ("cosine", {"cycles": 2}, COSINE[::2] * 2),
+        ("cosine", {"warmup": 2, "cycles": 2}, WARM[:2] + [0.1, 0.08535534, 0.05, 0.01464466] * 2),
+        ("linear", {"every": "epoch"}, [0.1] * 5 + [0.05] * 5),
+        (lambda optimizer: lr_scheduler.StepLR(optimizer, 4, 0.5), {}, [0.1] * 4 + [0.05] * 4 + [0.025] * 2),
+        (lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.3), {"every": "epoch"}, [0.1] * 5 + [0.03] * 5),
+    ],
+)
 def test_the_learning_rate_follows_its_schedule(schedule, options, expected):
     rates, loop = [], make_loop()
     history = loop.fit(2, [LearningRate(schedule, **options), watch(rates)])
@@ -196,11 +206,15 @@ def test_a_plateau_of_any_column_lowers_the_rate():
     assert [row["learning_rate"] for row in history] == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
 
 
-@pytest.mark.parametrize("make", [
-    lambda: LearningRate("cosine", warmup=0.2, cycles=2),
-    lambda: LearningRate(lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=20)),
-    lambda: LearningRate(lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [3, 9, 12])),
-    lambda: LearningRate(plateau, monitor="epoch")])  # which never gets smaller
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LearningRate("cosine", warmup=0.2, cycles=2),
+        lambda: LearningRate(lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=20)),
+        lambda: LearningRate(lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [3, 9, 12])),
+        lambda: LearningRate(plateau, monitor="epoch"),
+    ],
+)  # which never gets smaller
 def test_a_schedule_taken_up_within_an_epoch_goes_on_with_the_same_rates_to_the_same_weights(make, tmp_path):
     expected, rates, url = [], [], str(tmp_path)
     whole, cut_off, again = (make_loop((0.1, 0.2), val=False, kind=torch.optim.Adam) for _ in range(3))
@@ -216,10 +230,14 @@ def test_a_schedule_taken_up_within_an_epoch_goes_on_with_the_same_rates_to_the_
 # -------------------------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("options, clip", [
-    ({"norm": 0.05}, lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.05)),
-    ({"value": 0.01}, lambda model: nn.utils.clip_grad_value_(model.parameters(), 0.01)),
-    ({"norm": 1e-3, "weights": "body"}, lambda model: nn.utils.clip_grad_norm_(model.body.parameters(), 1e-3))])
+@pytest.mark.parametrize(
+    "options, clip",
+    [
+        ({"norm": 0.05}, lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.05)),
+        ({"value": 0.01}, lambda model: nn.utils.clip_grad_value_(model.parameters(), 0.01)),
+        ({"norm": 1e-3, "weights": "body"}, lambda model: nn.utils.clip_grad_norm_(model.body.parameters(), 1e-3)),
+    ],
+)
 def test_clipped_gradients_train_as_those_clipped_in_a_loop_by_hand(options, clip):
     loop, plain, free = make_loop(val=False), make_loop(), make_loop(val=False)
     if "weights" in options:
@@ -241,12 +259,19 @@ def test_clipped_gradients_train_as_those_clipped_in_a_loop_by_hand(options, cli
 # ---------------------------------------------------------------------------------------------- stop, and be warned
 
 
-@pytest.mark.parametrize("monitor, values, threshold, epochs", [
-    ("val_loss", [1, 0.95, 0.92, 0.8, 0.7, 0.6], 0.1, 3), ("val_loss", [1, 0.95, 0.92, 0.8, 0.7, 0.6], 0, 6),
-    ("val_loss", [1, 0.95, 0.85, 0.8, 0.7, 0.6], 0.1, 6),
-    ("val_loss", [3, 2, 2.5, 2.1, 1, 1], 0, 4), ("val_accuracy", [0.5, 0.4, 0.6, 0.6, 0.7, 0.6], 0, 6),
-    ("val_accuracy", [0.1, 0.15, 0.2, 0.5, 0.5, 0.5], 0.2, 3), ("val_loss", [math.nan] * 6, 0, 3),
-    ("val_loss", [math.nan, 3, math.nan, 2, math.nan, math.nan], 0, 6)])
+@pytest.mark.parametrize(
+    "monitor, values, threshold, epochs",
+    [
+        ("val_loss", [1, 0.95, 0.92, 0.8, 0.7, 0.6], 0.1, 3),
+        ("val_loss", [1, 0.95, 0.92, 0.8, 0.7, 0.6], 0, 6),
+        ("val_loss", [1, 0.95, 0.85, 0.8, 0.7, 0.6], 0.1, 6),
+        ("val_loss", [3, 2, 2.5, 2.1, 1, 1], 0, 4),
+        ("val_accuracy", [0.5, 0.4, 0.6, 0.6, 0.7, 0.6], 0, 6),
+        ("val_accuracy", [0.1, 0.15, 0.2, 0.5, 0.5, 0.5], 0.2, 3),
+        ("val_loss", [math.nan] * 6, 0, 3),
+        ("val_loss", [math.nan, 3, math.nan, 2, math.nan, math.nan], 0, 6),
+    ],
+)
 def test_early_stopping_wants_more_than_the_threshold_and_is_not_misled_by_nan(monitor, values, threshold, epochs):
     stop = EarlyStopping(monitor, patience=2, threshold=threshold)
     assert len(make_loop(val=False).fit(6, [stop, script(monitor, values)])) == epochs
@@ -287,22 +312,30 @@ def test_the_history_and_its_curves_are_saved_however_training_ends(moment, end,
 
 
 def test_curves_show_training_and_validation_of_a_number_in_one_panel():
-    history = [{"epoch": 1, "train_loss": 3.0, "val_loss": 4.0, "val_classes": [1, 2], "note": "a"},
-               {"epoch": 2, "train_loss": 2.0, "val_loss": 3.0, "val_classes": [1, 2], "late": 1}]
+    history = [
+        {"epoch": 1, "train_loss": 3.0, "val_loss": 4.0, "val_classes": [1, 2], "note": "a"},
+        {"epoch": 2, "train_loss": 2.0, "val_loss": 3.0, "val_classes": [1, 2], "late": 1},
+    ]
     panels = {axis.get_title(): axis.lines for axis in callbacks.plot_history(history).axes}
     assert {title: [line.get_label() for line in lines] for title, lines in panels.items()} == {
-        "loss": ["train", "val"], "late": ["late"]}
+        "loss": ["train", "val"],
+        "late": ["late"],
+    }
     assert [list(line.get_ydata()) for line in panels["loss"]] == [[3, 2], [4, 3]]
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda url: LearningRate(plateau), "no 'val_loss' in the history; there are: epoch, train_loss, "),
-    (lambda url: EarlyStopping(), "no 'val_loss' in the history"),
-    (lambda url: Checkpoint(url, best="val_loss"), "no 'val_loss' in the history"),
-    (lambda url: LearningRate("cosin"), "no schedule 'cosin'; there are: constant, linear, cosine, and"),
-    (lambda url: LearningRate("linear", cycles=2), "cycles is for the cosine schedule"),
-    (lambda url: LearningRate("cosine", every="batch"), "\"step\" or \"epoch\", not 'batch'"),
-    (lambda url: Checkpoint(url, every="batch"), "\"epoch\", \"end\" or a number of steps, not 'batch'")])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda url: LearningRate(plateau), "no 'val_loss' in the history; there are: epoch, train_loss, "),
+        (lambda url: EarlyStopping(), "no 'val_loss' in the history"),
+        (lambda url: Checkpoint(url, best="val_loss"), "no 'val_loss' in the history"),
+        (lambda url: LearningRate("cosin"), "no schedule 'cosin'; there are: constant, linear, cosine, and"),
+        (lambda url: LearningRate("linear", cycles=2), "cycles is for the cosine schedule"),
+        (lambda url: LearningRate("cosine", every="batch"), '"step" or "epoch", not \'batch\''),
+        (lambda url: Checkpoint(url, every="batch"), '"epoch", "end" or a number of steps, not \'batch\''),
+    ],
+)
 def test_what_there_is_not_is_named(make, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_loop(val=False).fit(1, [make(str(tmp_path))])
@@ -311,9 +344,16 @@ def test_what_there_is_not_is_named(make, message, tmp_path):
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("every, options, expected", [
-    ("epoch", {}, [5, 10]), ("end", {}, [10]), (2, {}, [2, 4, 5, 6, 8, 10]), (100, {}, [5, 10]),
-    (3, {"accumulate": 2}, [4, 5, 7, 9, 10])])  # at the first step of the optimizer from there
+@pytest.mark.parametrize(
+    "every, options, expected",
+    [
+        ("epoch", {}, [5, 10]),
+        ("end", {}, [10]),
+        (2, {}, [2, 4, 5, 6, 8, 10]),
+        (100, {}, [5, 10]),
+        (3, {"accumulate": 2}, [4, 5, 7, 9, 10]),
+    ],
+)  # at the first step of the optimizer from there
 def test_checkpoints_are_kept_as_often_as_was_asked_for(every, options, expected, tmp_path):
     loop = make_loop(**options)
     loop.fit(2, [Checkpoint(str(tmp_path), every=every, keep=99)])
@@ -326,13 +366,22 @@ def test_checkpoints_are_kept_as_often_as_was_asked_for(every, options, expected
 
 
 @pytest.mark.parametrize("cut_off", [False, True])
-@pytest.mark.parametrize("monitor, values, best", [
-    ("val_accuracy", [0.1, 0.5, 0.3, 0.5, 0.2], 2), ("val_accuracy", [0.1, 0.5, 0.3, 0.2, 0.6], 5),
-    ("val_loss", [1, 2, 3, 4, 5], 1), ("val_loss", [math.nan, math.nan, 3, math.nan, 4], 3)])
+@pytest.mark.parametrize(
+    "monitor, values, best",
+    [
+        ("val_accuracy", [0.1, 0.5, 0.3, 0.5, 0.2], 2),
+        ("val_accuracy", [0.1, 0.5, 0.3, 0.2, 0.6], 5),
+        ("val_loss", [1, 2, 3, 4, 5], 1),
+        ("val_loss", [math.nan, math.nan, 3, math.nan, 4], 3),
+    ],
+)
 def test_the_model_of_the_best_epoch_is_kept(monitor, values, best, cut_off, tmp_path):
     models, loop = {}, make_loop()
-    note = Call(after_epoch=lambda loop: models.update({loop.epoch: {
-        name: tensor.clone() for name, tensor in loop.model.state_dict().items()}}))
+    note = Call(
+        after_epoch=lambda loop: models.update(
+            {loop.epoch: {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}}
+        )
+    )
     given = [note, script(monitor, values), Checkpoint(f"{tmp_path}/", every=1, best=monitor)]
     if cut_off:
         loop.fit(5, [*given, Call(after_step=at(18, cancel))])
@@ -355,10 +404,19 @@ class Named(Net):
 
 
 def everything(run, monitor):
-    return [Checkpoint(f"{run.url}/checkpoints", every=2, best=monitor), EarlyStopping(monitor, patience=9), DryRun(4),
-            LearningRate("cosine", warmup=2), SaveHistory(run), TensorBoard(f"{run.url}/log"), ClipGradients(norm=1),
-            GradientStatistics(run, every=2), TerminateOnNaN(), ConstantPrediction(),
-            Notify(f"http://127.0.0.1:{free_port()}")]
+    return [
+        Checkpoint(f"{run.url}/checkpoints", every=2, best=monitor),
+        EarlyStopping(monitor, patience=9),
+        DryRun(4),
+        LearningRate("cosine", warmup=2),
+        SaveHistory(run),
+        TensorBoard(f"{run.url}/log"),
+        ClipGradients(norm=1),
+        GradientStatistics(run, every=2),
+        TerminateOnNaN(),
+        ConstantPrediction(),
+        Notify(f"http://127.0.0.1:{free_port()}"),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:The notice", "ignore:Epoch")
@@ -369,8 +427,14 @@ def test_all_callbacks_together_go_on_where_training_was_cut_off_and_in_a_second
             return make_loop((0.1, 0.2), val=False, accumulate=2)
         torch.manual_seed(0)
         model, collate = Named(), lambda rows: dict(zip(("inputs", "labels"), default_collate(rows)))
-        return TrainLoop(model, batches(collate_fn=collate), batches(1, collate_fn=collate), accumulate=2,
-                         optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=nn.CrossEntropyLoss())
+        return TrainLoop(
+            model,
+            batches(collate_fn=collate),
+            batches(1, collate_fn=collate),
+            accumulate=2,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            criterion=nn.CrossEntropyLoss(),
+        )
 
     monitor, bars = "val_loss" if kind == "dicts" else "train_loss", []
     runs = [experiment.Run(tmp_path / name) for name in ("whole", "cut_off")]

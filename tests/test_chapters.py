@@ -47,8 +47,14 @@ def test_imports_go_one_way():
 
 
 def test_chapters_import_no_circle():
-    uses = {chapter: {name.split(".")[2] for _, name in imported(ROOT / f"helpers/chapters/{chapter}.py")
-                      if name.startswith("helpers.chapters.")} for chapter in CHAPTERS}
+    uses = {
+        chapter: {
+            name.split(".")[2]
+            for _, name in imported(ROOT / f"helpers/chapters/{chapter}.py")
+            if name.startswith("helpers.chapters.")
+        }
+        for chapter in CHAPTERS
+    }
     while uses:
         leaves = [chapter for chapter, used in uses.items() if not used & uses.keys()]
         assert leaves, f"these import each other in a circle: {', '.join(uses)}"
@@ -64,8 +70,13 @@ def test_chapters_import_without_their_notebooks_and_without_nbdev():
 
 def test_no_name_is_undefined_and_nothing_is_unused():
     files = ["helpers", "tests", "notebooks"]
-    found = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", *files],
-                           cwd=ROOT, capture_output=True, text=True, timeout=120)
+    found = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert found.returncode == 0, found.stdout + found.stderr
 
 
@@ -78,8 +89,12 @@ def test_exported_cells_are_short_and_explained(path):
             continue
         lines = [] if cell.source.startswith("%%") else cell.source.splitlines()
         tree = ast.parse("\n".join(line for line in lines if not line.startswith("%")))
-        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
-                 and node.module == "helpers.chapters" for alias in node.names}
+        names = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module == "helpers.chapters"
+            for alias in node.names
+        }
         assert not names & own, "a page uses what stands on it"
         if cell.source.startswith("#| export"):
             body = tree.body

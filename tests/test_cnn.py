@@ -58,8 +58,10 @@ def read(part, config, batch_size=4, dataset="textures"):
     return images.loader(images.S3ImageFolder(f"s3://pictures/{dataset}/{part}", transform, loader=decode), batch_size)
 
 
-@pytest.mark.parametrize("architecture, size", [("small_cnn", 16), ("small_cnn", 33), ("efficientnet_lite0", 32),
-                                                ("squeezenet1_1", 32), ("googlenet", 32)])
+@pytest.mark.parametrize(
+    "architecture, size",
+    [("small_cnn", 16), ("small_cnn", 33), ("efficientnet_lite0", 32), ("squeezenet1_1", 32), ("googlenet", 32)],
+)
 def test_a_model_trains_and_comes_back_with_the_same_outputs_and_ready_to_predict(architecture, size):
     model, inputs = cnn.build(architecture, 3, size), torch.rand(4, 3, size, size)
     assert model(inputs).shape == (4, 3), "also in training mode"  # and the batch norms have some statistics now
@@ -185,8 +187,17 @@ def test_02_fine_tunes_and_03_predicts_any_picture(tmp_path):
     for number in range(4):
         name = ("dots", "stripes")[number % 2]
         storage.write(f"s3://pictures/textures/val/{name}/{number}.png", picture(name, 100 + number))
-    results = execute("02", tmp_path, bucket="pictures", dataset="textures", architecture="efficientnet_lite0", epochs=1,
-                      pretrained="imagenet", image_size=56, transfer_size=56)
+    results = execute(
+        "02",
+        tmp_path,
+        bucket="pictures",
+        dataset="textures",
+        architecture="efficientnet_lite0",
+        epochs=1,
+        pretrained="imagenet",
+        image_size=56,
+        transfer_size=56,
+    )
     assert results["val_accuracy"] == 1
     for name in "frozen_accuracy_10", "frozen_accuracy_40", "finetuned_accuracy_10", "finetuned_accuracy_40":
         assert results[name] == 1
@@ -198,7 +209,9 @@ def test_02_fine_tunes_and_03_predicts_any_picture(tmp_path):
     storage.write(f"{folder}/sub/2", picture("stripes", 202, ".webp"))
     storage.write("s3://pictures/one.png", picture("stripes", 203, shape=(32, 40)))  # grey
     storage.write(f"{folder}/notes.txt", b"no picture")
-    results = execute("03", tmp_path, bucket="pictures", dataset="textures", image_url=f"{folder}, s3://pictures/one.png")
+    results = execute(
+        "03", tmp_path, bucket="pictures", dataset="textures", image_url=f"{folder}, s3://pictures/one.png"
+    )
     assert (results["test_accuracy"], results["pictures"], results["pictures_left_out"]) == (1, 3, 1)
     [page] = tmp_path.glob("*/03*.ipynb")
     assert "notes.txt: not an image" in page.read_text()
@@ -212,8 +225,12 @@ def test_a_class_name_that_is_html_stays_text_in_the_table_of_03():
     names = ["<img src=x onerror=alert(1)>", "[a](javascript:b) | *c*", "leaf_spot"]
     page = nbformat.read(storage.REPOSITORY / "notebooks/03_inference_from_s3.ipynb", 4)
     cells = [cell.source for cell in page.cells if "| class |" in cell.source or cell.source.startswith("import")]
-    made = {"classes": names, "predictions": torch.tensor([0, 1, 2]), "targets": torch.tensor([0, 1, 2]),
-            "count": {"num_classes": 3}}
+    made = {
+        "classes": names,
+        "predictions": torch.tensor([0, 1, 2]),
+        "targets": torch.tensor([0, 1, 2]),
+        "count": {"num_classes": 3},
+    }
     exec("\n".join(cells).replace("Markdown(table)", "shown = Markdown(table)"), made)
     html = markdown2html(made["shown"].data)
     assert "<img" not in html and "<a" not in html and "<em>" not in html

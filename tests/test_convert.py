@@ -29,11 +29,26 @@ from servers.embedded import connected
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = dict(vocab_size=300, buckets=20, width=16, attention_width=8, windows=(1, 3), feed_forward=32, output_width=16,
-             piece_dropout=0.0)
-TEXTS = ["Good morning, how are you?", "I am well, and you?", "What is the capital of France?", "Paris, of course.",
-         "Do you like to swim in the sea when it is cold outside, or do you wait for the summer?", "Never.", "why",
-         "Because the tea was hot, the cup was full and the table was small."]
+SMALL = dict(
+    vocab_size=300,
+    buckets=20,
+    width=16,
+    attention_width=8,
+    windows=(1, 3),
+    feed_forward=32,
+    output_width=16,
+    piece_dropout=0.0,
+)
+TEXTS = [
+    "Good morning, how are you?",
+    "I am well, and you?",
+    "What is the capital of France?",
+    "Paris, of course.",
+    "Do you like to swim in the sea when it is cold outside, or do you wait for the summer?",
+    "Never.",
+    "why",
+    "Because the tea was hot, the cup was full and the table was small.",
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +63,13 @@ def s3(embedded_env):
 def chitchat(s3):
     """The conversations that the page puts into the bucket by default."""
     cells = nbformat.read(BY_NUMBER["04"], as_version=4).cells
-    names = {"chitchat_dataset": chitchat_dataset, "itertools": itertools, "json": json, "storage": storage, "gzip": gzip}
+    names = {
+        "chitchat_dataset": chitchat_dataset,
+        "itertools": itertools,
+        "json": json,
+        "storage": storage,
+        "gzip": gzip,
+    }
     for start in ("def make_records", "def put_dialogues"):
         [source] = [cell.source for cell in cells if start in cell.source]
         exec(source.partition("\n\n\npackages")[0], names)
@@ -76,15 +97,23 @@ def small(seed=0, tokenizer=None, **changes):
 def ids(*lengths, seed=0):
     """Padded ids of texts of these lengths."""
     order = random.Random(seed)
-    return nn.utils.rnn.pad_sequence([torch.tensor([order.randint(1, 320) for _ in range(length)], dtype=torch.long)
-                                      for length in lengths], batch_first=True, padding_value=PADDING)
+    return nn.utils.rnn.pad_sequence(
+        [torch.tensor([order.randint(1, 320) for _ in range(length)], dtype=torch.long) for length in lengths],
+        batch_first=True,
+        padding_value=PADDING,
+    )
 
 
 def examples(count, turns=1, seed=0):
     """Pairs that can be learned: the reply repeats a number."""
     order = random.Random(seed)
-    return [{"turns": [f"tell me number {i}"] + [f"before {i} came {order.randint(0, 9)}"] * (turns - 1),
-             "reply": f"number {i} it is"} for i in range(count)]
+    return [
+        {
+            "turns": [f"tell me number {i}"] + [f"before {i} came {order.randint(0, 9)}"] * (turns - 1),
+            "reply": f"number {i} it is",
+        }
+        for i in range(count)
+    ]
 
 
 def write(url, rows):
@@ -92,8 +121,16 @@ def write(url, rows):
 
 
 def records(count, first=0):
-    return [{"context": f"question {i} ?", "context/0": f"before {i}", "context/1": f"before that {i}",
-             "response": f"answer {i}", "subreddit": f"topic{i % 4}"} for i in range(first, first + count)]
+    return [
+        {
+            "context": f"question {i} ?",
+            "context/0": f"before {i}",
+            "context/1": f"before that {i}",
+            "response": f"answer {i}",
+            "subreddit": f"topic{i % 4}",
+        }
+        for i in range(first, first + count)
+    ]
 
 
 def gradients(output, weights):
@@ -103,7 +140,9 @@ def gradients(output, weights):
 
 
 def close(ones, others, tolerance=1e-4):
-    return all(torch.allclose(one, other, atol=tolerance, rtol=tolerance) for one, other in zip(ones, others, strict=True))
+    return all(
+        torch.allclose(one, other, atol=tolerance, rtol=tolerance) for one, other in zip(ones, others, strict=True)
+    )
 
 
 # -------------------------------------------------------------------------------- the parts, against plain references
@@ -116,8 +155,10 @@ def plain_attention(layer, text):
     for i in range(length):
         heads = []
         for head in range(layer.heads):
-            q, k, v = (part[:, head * (part.shape[1] // layer.heads):(head + 1) * (part.shape[1] // layer.heads)]
-                       for part in (queries, keys, values))
+            q, k, v = (
+                part[:, head * (part.shape[1] // layer.heads) : (head + 1) * (part.shape[1] // layer.heads)]
+                for part in (queries, keys, values)
+            )
             seen = [j for j in range(length) if layer.window is None or abs(i - j) <= layer.window]
             scores = [(q[i] * k[j]).sum() / math.sqrt(q.shape[1]) for j in seen]
             if layer.window is not None:
@@ -140,8 +181,12 @@ def plain_gelu(x):
 def plain_reading(model, row):
     """What the towers get of one text, its ids without padding."""
     first, second = model.positions
-    x = torch.stack([model.pieces.weight[id] + first.weight[i % len(first.weight)] + second.weight[i % len(second.weight)]
-                     for i, id in enumerate(row)])
+    x = torch.stack(
+        [
+            model.pieces.weight[id] + first.weight[i % len(first.weight)] + second.weight[i % len(second.weight)]
+            for i, id in enumerate(row)
+        ]
+    )
     for block in model.blocks:
         x = plain_norm(x + block.output(plain_attention(block.attention, x)), block.norm1)
         inner = plain_gelu(x @ block.feed_forward1.weight.T + block.feed_forward1.bias)
@@ -171,16 +216,27 @@ def test_reading_equals_the_paper_written_plainly_and_so_do_its_gradients():
 @pytest.mark.parametrize("multi_context", [False, True])
 def test_loss_is_a_smoothed_softmax_over_the_replies_of_the_batch(multi_context):
     model = small(multi_context=multi_context)
-    batch = {"context": ids(3, 5, 2), "reply": ids(4, 4, 6, seed=1)} | ({"extra": ids(7, 0, 2, seed=2)} if multi_context else {})
+    batch = {"context": ids(3, 5, 2), "reply": ids(4, 4, 6, seed=1)} | (
+        {"extra": ids(7, 0, 2, seed=2)} if multi_context else {}
+    )
 
     def read(name, tower):
-        return plain_tower(tower, torch.stack([plain_reading(model, row[row != PADDING].tolist()) if row.any()
-                                               else torch.zeros(32) for row in batch[name]]))
+        return plain_tower(
+            tower,
+            torch.stack(
+                [
+                    plain_reading(model, row[row != PADDING].tolist()) if row.any() else torch.zeros(32)
+                    for row in batch[name]
+                ]
+            ),
+        )
 
     contexts, replies = [read("context", model.context_tower)], read("reply", model.reply_tower)
     if multi_context:
         extra = read("extra", model.extra_tower)
-        extra = torch.stack([extra[0], contexts[0][1], extra[2]])  # where there are no turns before, the last stands for them
+        extra = torch.stack(
+            [extra[0], contexts[0][1], extra[2]]
+        )  # where there are no turns before, the last stands for them
         contexts += [extra, unit(contexts[0] + extra)]
     expected = 0
     for context in contexts:
@@ -204,7 +260,9 @@ def test_a_model_with_several_contexts_takes_texts_and_lists_of_turns(tokenizer)
     batch = collate([{"turns": TEXTS[:3], "reply": TEXTS[3]}], model.tokenizer, multi_context=True)
     assert model.tokenizer([f"{TEXTS[1]} {TEXTS[2]}"])[0] == batch["extra"][0].tolist(), "newest first, one text"
     assert torch.allclose(model.eval().encode(batch)[0][2][0], older, atol=1e-5)
-    many = model.encode_context([[TEXTS[0], *[f"turn {i}" for i in range(30)]], [TEXTS[0], *[f"turn {i}" for i in range(10)]]])
+    many = model.encode_context(
+        [[TEXTS[0], *[f"turn {i}" for i in range(30)]], [TEXTS[0], *[f"turn {i}" for i in range(10)]]]
+    )
     assert torch.allclose(many[0], many[1]), "ten turns and no more"
 
 
@@ -218,7 +276,7 @@ def test_a_bag_is_what_blocks_that_change_nothing_read_and_trains_neither_them_n
                 norm.load_state_dict(nn.LayerNorm(16).state_dict())
         for table in model.positions:
             table.weight.zero_()
-        model.reduction.project.weight[:2 * 8].zero_()  # the queries: two heads of 8
+        model.reduction.project.weight[: 2 * 8].zero_()  # the queries: two heads of 8
         model.pieces.weight *= 100  # so that a layer norm's epsilon does not show
     read = model(rows)
     convert.read_as_bag(model)
@@ -226,7 +284,9 @@ def test_a_bag_is_what_blocks_that_change_nothing_read_and_trains_neither_them_n
     model.train().get_loss({"context": rows, "reply": ids(3, 4, 5, 6)}).backward()
     trained = {name.split(".")[0] for name, weight in model.named_parameters() if weight.grad is not None}
     assert trained == {"similarity", "pieces", "reduction", "context_tower", "reply_tower"}
-    assert not any(weight.requires_grad for weight in model.blocks.parameters()), "of which DDP would wait for gradients"
+    assert not any(weight.requires_grad for weight in model.blocks.parameters()), (
+        "of which DDP would wait for gradients"
+    )
 
 
 def test_rare_pieces_count_for_more_at_first(tokenizer):
@@ -259,8 +319,9 @@ def test_many_texts_are_encoded_in_their_order_and_evaluation_encodes_once(token
 
 
 def sentencepiece_model(tmp_path):
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS * 3), model_prefix=str(tmp_path / "pieces"),
-                                             vocab_size=60, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 3), model_prefix=str(tmp_path / "pieces"), vocab_size=60, minloglevel=2
+    )
     return (tmp_path / "pieces.model").read_bytes()
 
 
@@ -317,8 +378,18 @@ def test_training_sees_eight_and_sixteen_bits_and_the_saved_model_has_no_more(s3
 
 def test_the_paper_preset_quantized_takes_no_more_than_59_mb(tmp_path):
     words = {"<unk>": 0} | {f"▁{i:05}": i for i in range(1, 25_000)}
-    words = {"type": "BPE", "vocab": words, "merges": [], "unk_token": "<unk>", "fuse_unk": True, "dropout": None,
-             "continuing_subword_prefix": None, "end_of_word_suffix": None, "byte_fallback": False, "ignore_merges": True}
+    words = {
+        "type": "BPE",
+        "vocab": words,
+        "merges": [],
+        "unk_token": "<unk>",
+        "fuse_unk": True,
+        "dropout": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "byte_fallback": False,
+        "ignore_merges": True,
+    }
     config = preset("paper", quantize=True)
     model = ConveRT(config, Tokenizer(json.dumps({"version": "1.0", "model": words}).encode(), config))
     convert.save(model, tmp_path)
@@ -337,17 +408,34 @@ def test_the_paper_preset_quantized_takes_no_more_than_59_mb(tmp_path):
 
 def test_lines_that_are_no_examples_are_counted(s3):
     good = records(3)
-    bad = ["", "   ", "{not json", "[1, 2]", '{"context": "", "response": "a"}', '{"response": "a"}', '{"context": "a"}',
-           '{"context": "a", "response": "  "}', '{"context": "a", "response": 7}', "\udcff".encode("utf-8", "surrogateescape")]
-    lines = [*(json.dumps(row).encode() for row in good), *(line if isinstance(line, bytes) else line.encode() for line in bad)]
+    bad = [
+        "",
+        "   ",
+        "{not json",
+        "[1, 2]",
+        '{"context": "", "response": "a"}',
+        '{"response": "a"}',
+        '{"context": "a"}',
+        '{"context": "a", "response": "  "}',
+        '{"context": "a", "response": 7}',
+        "\udcff".encode("utf-8", "surrogateescape"),
+    ]
+    lines = [
+        *(json.dumps(row).encode() for row in good),
+        *(line if isinstance(line, bytes) else line.encode() for line in bad),
+    ]
     storage.write(f"{s3}/bad.jsonl", b"\n".join(lines))
     dialogues = Dialogues(f"{s3}/bad.jsonl")
     for _ in range(2):
         assert [example["reply"] for example in dialogues] == ["answer 0", "answer 1", "answer 2"]
         assert dialogues.skipped == {"empty line": 2, "not a JSON object": 3, "no context": 2, "no reply": 3}
     [first, *_] = dialogues
-    assert first == {"turns": ["question 0 ?", "before 0", "before that 0"], "reply": "answer 0", "topic": "topic0",
-                     "thread": None}
+    assert first == {
+        "turns": ["question 0 ?", "before 0", "before that 0"],
+        "reply": "answer 0",
+        "topic": "topic0",
+        "thread": None,
+    }
 
 
 def test_a_folder_of_files_is_read_whole_gzipped_ones_too(s3, tmp_path):
@@ -385,7 +473,9 @@ def test_conversations_are_written_once_and_split_whole_in_three_parts(chitchat)
     assert list(few) == parts["train"][:100] and sum(1 for share in (0, 1) for _ in few.read_share(share, 2)) == 100
 
 
-def test_each_process_and_worker_gets_as_many_batches_starting_again_where_its_share_is_short(s3, tokenizer, monkeypatch):
+def test_each_process_and_worker_gets_as_many_batches_starting_again_where_its_share_is_short(
+    s3, tokenizer, monkeypatch
+):
     write(f"{s3}/uneven.jsonl", [{}] * 50 + records(50))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for process in range(2):
@@ -403,15 +493,26 @@ def test_each_process_and_worker_gets_as_many_batches_starting_again_where_its_s
 
 
 def make_loop(s3, **changes):
-    rows = [{"context": f"tell me number {i}", "context/0": "and before?", "response": f"number {i} it is"} for i in range(64)]
+    rows = [
+        {"context": f"tell me number {i}", "context/0": "and before?", "response": f"number {i} it is"}
+        for i in range(64)
+    ]
     write(f"{s3}/numbers.jsonl", rows)
-    model = small(tokenizer=Tokenizer.train([row["response"] for row in rows], preset("tiny", **{**SMALL, **changes})),
-                  **changes)
+    model = small(
+        tokenizer=Tokenizer.train([row["response"] for row in rows], preset("tiny", **{**SMALL, **changes})), **changes
+    )
     multi_context = model.config.multi_context
     batches = Batches(Dialogues(f"{s3}/numbers.jsonl"), model.tokenizer, 8, 64, multi_context)
-    val = DataLoader(examples(20), 10, collate_fn=partial(collate, tokenizer=model.tokenizer, multi_context=multi_context))
-    return TrainLoop(model, DataLoader(batches, batch_size=None), val, metrics=evaluation.retrieval(),
-                     optimizer=torch.optim.AdamW(model.parameters(), 3e-3))
+    val = DataLoader(
+        examples(20), 10, collate_fn=partial(collate, tokenizer=model.tokenizer, multi_context=multi_context)
+    )
+    return TrainLoop(
+        model,
+        DataLoader(batches, batch_size=None),
+        val,
+        metrics=evaluation.retrieval(),
+        optimizer=torch.optim.AdamW(model.parameters(), 3e-3),
+    )
 
 
 def test_training_cut_off_within_an_epoch_goes_on_exactly(s3):
@@ -430,8 +531,10 @@ def test_training_cut_off_within_an_epoch_goes_on_exactly(s3):
     with pytest.raises(KeyboardInterrupt):
         loops[1].fit(3, callbacks=[checkpoint(), CutOff()])
     loops[2].fit(3, callbacks=[checkpoint()])
-    whole, resumed = ([{name: value for name, value in row.items() if "per_second" not in name} for row in loop.history]
-                      for loop in (loops[0], loops[2]))
+    whole, resumed = (
+        [{name: value for name, value in row.items() if "per_second" not in name} for row in loop.history]
+        for loop in (loops[0], loops[2])
+    )
     assert whole == resumed
     assert all(torch.equal(one, other) for one, other in zip(loops[0].model.parameters(), loops[2].model.parameters()))
 
@@ -455,8 +558,14 @@ def trained(size):
 
 
 def in_a_process(process, port, results):
-    os.environ.update(RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(
+        RANK=str(process),
+        LOCAL_RANK=str(process),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+    )
     torch.set_num_threads(1)
     results[process] = trained(8)
 

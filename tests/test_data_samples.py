@@ -29,15 +29,22 @@ def committed():
 
 def draw(path, *options):
     """Draw 8 pictures of each class."""
-    subprocess.run([sys.executable, FOLDER / "leaves.py", "--per-class", "8", "--out", path, *options],
-                   check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [sys.executable, FOLDER / "leaves.py", "--per-class", "8", "--out", path, *options],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the zip was drawn with what the lock has for Python 3.11")
 def test_the_committed_zip_is_what_the_default_seed_draws_and_another_seed_draws_others(tmp_path, committed):
     draw(tmp_path / "leaves.zip"), draw(tmp_path / "other.zip", "--seed", "1")
-    with (zipfile.ZipFile(tmp_path / "leaves.zip") as drawn, zipfile.ZipFile(tmp_path / "other.zip") as other,
-          zipfile.ZipFile(FOLDER / "leaves.zip") as whole):
+    with (
+        zipfile.ZipFile(tmp_path / "leaves.zip") as drawn,
+        zipfile.ZipFile(tmp_path / "other.zip") as other,
+        zipfile.ZipFile(FOLDER / "leaves.zip") as whole,
+    ):
         assert len(drawn.namelist()) == 40 and drawn.namelist() == other.namelist()
         assert not {other.read(name) for name in other.namelist()} & set(committed.values())
         for info in drawn.infolist():
@@ -90,9 +97,14 @@ def test_every_dialogue_is_a_chain_of_turns_and_no_reply_is_there_twice():
         for k, example in enumerate(examples):
             older = {f"context/{i}": turn for i, turn in enumerate(reversed(turns[:-1]))}
             assert example == {
-                "subreddit": examples[0]["subreddit"], "thread_id": examples[0]["thread_id"], "context": turns[-1],
-                "context_author": authors[k % 2], "response_author": authors[(k + 1) % 2],
-                "response": example["response"], **older}
+                "subreddit": examples[0]["subreddit"],
+                "thread_id": examples[0]["thread_id"],
+                "context": turns[-1],
+                "context_author": authors[k % 2],
+                "response_author": authors[(k + 1) % 2],
+                "response": example["response"],
+                **older,
+            }
             turns.append(example["response"])
         assert 6 <= len(turns) <= 10 and all(3 <= len(turn.split()) <= 25 for turn in turns), turns
         assert authors[0] != authors[1]

@@ -23,11 +23,14 @@ from torchmetrics.wrappers import LambdaInputTransformer
 from helpers.chapters import evaluation
 from helpers.training import TrainLoop
 
-pytestmark = [pytest.mark.usefixtures("one_thread"),
-              pytest.mark.filterwarnings("ignore:(No positive samples|Average precision):UserWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:(No positive samples|Average precision):UserWarning"),
+]
 
 
 # --------------------------------------------------------------------------------------- data, the same in any process
+
 
 def random(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -61,8 +64,10 @@ def texts():
     words = "the The a cat cat, sat on mat. don't 3.5 1,000 e-mail ! café x&y".split()
     picks = torch.randint(len(words), (43, 3, 12), generator=random()).tolist()
     lengths = torch.randint(0, 13, (43, 3), generator=random(1)).tolist()
-    lines = [[" ".join(words[i] for i in pick[:length]) for pick, length in zip(row, lengths[n])]
-             for n, row in enumerate(picks)]
+    lines = [
+        [" ".join(words[i] for i in pick[:length]) for pick, length in zip(row, lengths[n])]
+        for n, row in enumerate(picks)
+    ]
     outputs = [row[0] for row in lines]
     targets = [row[1:] if n % 2 else row[1] for n, row in enumerate(lines)]  # two are right, or one
     outputs[:6] = ["", "the", "", "a cat sat on", "Cat", "a"]
@@ -110,7 +115,7 @@ SIZES = (1, 8, 8, 1, 8, 8, 7, 2)  # uneven batches, 43 in all
 
 def batches(data):
     ends = np.cumsum(SIZES)
-    return [tuple(column[end - size:end] for column in data) for size, end in zip(SIZES, ends)]
+    return [tuple(column[end - size : end] for column in data) for size, end in zip(SIZES, ends)]
 
 
 def values(package, *parts):
@@ -132,6 +137,7 @@ def mean(rows):
 
 
 # ------------------------------------------------------------------------------------------------- against references
+
 
 def test_classification_is_scikit_learns():
     logits, targets = classes()
@@ -172,16 +178,26 @@ def test_binary_is_scikit_learns(threshold):
     same(values(evaluation.binary(threshold), (logits[:, None], targets[:, None].float())), expected)
 
 
-@pytest.mark.parametrize("data", [
-    numbers(),
-    tuple(column[:42].reshape(14, 3) * torch.tensor([1.0, 2.0, 0.5]) for column in numbers()),  # three values a sample
-    (torch.tensor([1001.0, 1000.0, 999.5]), torch.tensor([1001.0, 1000.0, 999.0])),  # large beside the spread
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        numbers(),
+        tuple(
+            column[:42].reshape(14, 3) * torch.tensor([1.0, 2.0, 0.5]) for column in numbers()
+        ),  # three values a sample
+        (torch.tensor([1001.0, 1000.0, 999.5]), torch.tensor([1001.0, 1000.0, 999.0])),  # large beside the spread
+    ],
+)
 def test_regression_is_scikit_learns(data):
     outputs, targets = data[0].double().numpy(), data[1].double().numpy()
-    same(values(evaluation.regression(), data), {"mse": sk.mean_squared_error(targets, outputs),
-                                                 "mae": sk.mean_absolute_error(targets, outputs),
-                                                 "r2": sk.r2_score(targets, outputs)})
+    same(
+        values(evaluation.regression(), data),
+        {
+            "mse": sk.mean_squared_error(targets, outputs),
+            "mae": sk.mean_absolute_error(targets, outputs),
+            "r2": sk.r2_score(targets, outputs),
+        },
+    )
 
 
 def squad_words(text):
@@ -203,9 +219,15 @@ def several(target):
 
 def test_question_answering_is_squads():
     outputs, targets = texts()
-    expected = mean([{"exact_match": max(squad_words(output) == squad_words(each) for each in several(target)),
-                      "f1": max(squad_f1(output, each) for each in several(target))}
-                     for output, target in zip(outputs, targets)])
+    expected = mean(
+        [
+            {
+                "exact_match": max(squad_words(output) == squad_words(each) for each in several(target)),
+                "f1": max(squad_f1(output, each) for each in several(target)),
+            }
+            for output, target in zip(outputs, targets)
+        ]
+    )
     assert 0.05 < expected["exact_match"] < expected["f1"] < 0.95
     same(values(evaluation.question_answering(), (outputs, targets)), expected)
 
@@ -240,8 +262,12 @@ def test_spans_are_the_best_pair():
 def test_summarisation_is_rouge_scores():
     outputs, targets = texts()
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
-    expected = mean([{name: score.fmeasure for name, score in scorer.score_multi(several(target), output).items()}
-                     for output, target in zip(outputs, targets)])
+    expected = mean(
+        [
+            {name: score.fmeasure for name, score in scorer.score_multi(several(target), output).items()}
+            for output, target in zip(outputs, targets)
+        ]
+    )
     assert 0.05 < expected["rouge2"] < expected["rouge1"] < 0.95
     same(values(evaluation.summarisation(), (outputs, targets)), expected)
 
@@ -251,8 +277,9 @@ def test_translation_is_sacrebleus():
     references = [[several(target)[n] if n < len(several(target)) else None for target in targets] for n in range(2)]
     expected = {
         "bleu": sacrebleu.corpus_bleu(outputs, references).score / 100,
-        "sentence_bleu": np.mean([sacrebleu.sentence_bleu(*pair).score / 100
-                                  for pair in zip(outputs, map(several, targets))]),
+        "sentence_bleu": np.mean(
+            [sacrebleu.sentence_bleu(*pair).score / 100 for pair in zip(outputs, map(several, targets))]
+        ),
     }
     assert 0.05 < expected["bleu"] < 0.95
     same(values(evaluation.translation(), (outputs, targets)), expected)
@@ -268,8 +295,10 @@ def test_language_modelling_is_the_mean_over_all_tokens():
     log_probabilities = logits.double() - logits.double().logsumexp(-1, keepdim=True)
     losses = [-log_probabilities[i, j, targets[i, j]].item() for i in range(43) for j in range(7) if targets[i, j] >= 0]
     loss = sum(losses) / len(losses)
-    same(values(evaluation.language_modelling(), *batches((logits, targets))),
-         {"cross_entropy_loss": loss, "perplexity": math.exp(loss)})
+    same(
+        values(evaluation.language_modelling(), *batches((logits, targets))),
+        {"cross_entropy_loss": loss, "perplexity": math.exp(loss)},
+    )
     sure = torch.tensor([[[200.0, 0.0], [0.0, 0.0]]])  # a softmax in float32 is 0 here
     targets = torch.tensor([[1, 0]])
     for logits in (sure, sure.bfloat16()):
@@ -279,8 +308,10 @@ def test_language_modelling_is_the_mean_over_all_tokens():
 
 def test_retrieval_is_by_rank():
     similarities, targets = scores()
-    ranks = [1 + sum(score >= row[right] for i, score in enumerate(row) if i != right)
-             for row, right in zip(similarities.tolist(), targets.tolist())]
+    ranks = [
+        1 + sum(score >= row[right] for i, score in enumerate(row) if i != right)
+        for row, right in zip(similarities.tolist(), targets.tolist())
+    ]
     expected = {f"recall@{k}": np.mean([rank <= k for rank in ranks]) for k in (1, 3, 10)}
     expected["mrr"] = np.mean([1 / rank for rank in ranks])
     assert 0 < expected["recall@1"] < expected["recall@3"] < expected["recall@10"] < 1
@@ -288,8 +319,13 @@ def test_retrieval_is_by_rank():
     distinct = torch.randn(43, 20, generator=random())  # without ties it is scikit-learn's
     relevant = F.one_hot(targets, 20)
     found = values(evaluation.retrieval((2,)), (distinct, targets))
-    same(found, {"recall@2": sk.top_k_accuracy_score(targets, distinct, k=2, labels=range(20)),
-                 "mrr": sk.label_ranking_average_precision_score(relevant, distinct)})
+    same(
+        found,
+        {
+            "recall@2": sk.top_k_accuracy_score(targets, distinct, k=2, labels=range(20)),
+            "mrr": sk.label_ranking_average_precision_score(relevant, distinct),
+        },
+    )
 
 
 def test_retrieval_of_a_similarity_matrix():
@@ -300,6 +336,7 @@ def test_retrieval_of_a_similarity_matrix():
 
 
 # ------------------------------------------------------------------------------ batches, processes, the training loop
+
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_batches_give_what_all_at_once_gives(name):
@@ -314,8 +351,11 @@ def test_packages_in_one_collection_keep_their_values():
     collection = MetricCollection({"first": evaluation.retrieval((1,)), "five": evaluation.retrieval((5,))})
     right = torch.eye(3)  # in this first batch both are the same
     found = values(collection, (right,), (-right,))
-    expected = {f"{name}_{key}": value for name, k in (("first", 1), ("five", 5)) for key, value in
-                values(evaluation.retrieval((k,)), (right,), (-right,)).items()}
+    expected = {
+        f"{name}_{key}": value
+        for name, k in (("first", 1), ("five", 5))
+        for key, value in values(evaluation.retrieval((k,)), (right,), (-right,)).items()
+    }
     assert expected["first_recall@1"] < expected["five_recall@5"]
     same(found, expected)
     question_answering = values(evaluation.question_answering(), texts())
@@ -349,17 +389,27 @@ def test_a_package_and_one_of_ones_own_through_the_training_loop():
     expected = sk.cohen_kappa_score(classes()[1], classes()[0].argmax(1))
     assert loop_values(own, classes())["kappa"] == pytest.approx(expected, abs=1e-5)
     assert loop_values({"one": evaluation.binary()}, yes_or_no(), None)["f1"] == pytest.approx(
-        sk.f1_score(yes_or_no()[1], yes_or_no()[0] > 0))
+        sk.f1_score(yes_or_no()[1], yes_or_no()[0] > 0)
+    )
 
 
 def in_a_process(rank, port, results):
     """One of two: the first gets every third batch, so both have some, of different number and size."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank),
-                   "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    found = {name: values(package(), *(part for n, part in enumerate(batches(data())) if (n % 3 == 0) == (rank == 0)))
-             for name, (package, data) in PACKAGES.items()}
+    found = {
+        name: values(package(), *(part for n, part in enumerate(batches(data())) if (n % 3 == 0) == (rank == 0)))
+        for name, (package, data) in PACKAGES.items()
+    }
     found["loop"] = loop_values(evaluation.classification(5), classes())
     torch.save(found, f"{results}/{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -77,7 +77,8 @@ def linear(seed, size=4):
 def same(weights, model):
     state = model.state_dict()
     return weights.keys() == state.keys() and all(
-        torch.equal(weights[name], state[name]) and weights[name].dtype == state[name].dtype for name in state)
+        torch.equal(weights[name], state[name]) and weights[name].dtype == state[name].dtype for name in state
+    )
 
 
 def figure():
@@ -106,20 +107,37 @@ def test_a_run_leaves_all_its_files_and_a_manifest_that_lists_them(everywhere):
     run = full_run(url, epochs=2, rate=0.1, sizes=(1, 2), note="é", nothing=None)
     folder, of = run.url.rsplit("/", 1)
     assert folder == url
-    weights, = (name for name in storage.list_files(run.url) if name.startswith("model/model-"))
+    (weights,) = (name for name in storage.list_files(run.url) if name.startswith("model/model-"))
     manifest = json.loads(storage.read(f"{run.url}/manifest.json"))
     started, finished = (datetime.fromisoformat(manifest[name]) for name in ("started", "finished"))
     assert started == datetime.strptime(f"{of}+0000", "%Y-%m-%dT%H-%M-%S.%f%z") < finished
     listed = manifest["files"]
-    assert listed == ["code.py", "environment.json", "history.csv", "hyperparameters.json", "metrics.json", weights,
-                      "model/model.json", "plots/curves.png", "predictions.safetensors", "report.html"]
+    assert listed == [
+        "code.py",
+        "environment.json",
+        "history.csv",
+        "hyperparameters.json",
+        "metrics.json",
+        weights,
+        "model/model.json",
+        "plots/curves.png",
+        "predictions.safetensors",
+        "report.html",
+    ]
     assert storage.list_files(url) == sorted(f"{of}/{name}" for name in [*listed, "manifest.json"])
     assert json.loads(storage.read(f"{run.url}/hyperparameters.json")) == {
-        "epochs": 2, "rate": 0.1, "sizes": [1, 2], "note": "é", "nothing": None}
+        "epochs": 2,
+        "rate": 0.1,
+        "sizes": [1, 2],
+        "note": "é",
+        "nothing": None,
+    }
     assert json.loads(storage.read(f"{run.url}/metrics.json")) == {"accuracy": 0.75, "model": "there"}
     text = storage.read(f"{run.url}/history.csv").decode()
     assert list(csv.DictReader(io.StringIO(text, newline=""))) == [
-        {"epoch": "1", "loss": "0.5", "größe, neu": ""}, {"epoch": "2", "loss": "0.25", "größe, neu": 'a "b"'}]
+        {"epoch": "1", "loss": "0.5", "größe, neu": ""},
+        {"epoch": "2", "loss": "0.25", "größe, neu": 'a "b"'},
+    ]
     image = storage.read(f"{run.url}/plots/curves.png")
     assert image.startswith(b"\x89PNG\r\n") and cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR).std() > 0
     loaded, config = experiment.load_model(f"{run.url}/model")
@@ -163,8 +181,13 @@ class Terminal:
     """The script in a process of its own."""
 
     def __init__(self, script, url):
-        self.process = subprocess.Popen([sys.executable, script, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        self.process = subprocess.Popen(
+            [sys.executable, script, url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         self.lines = []
         while not self.lines or " " in self.lines[-1]:  # its last one is the URL
             self.lines.append(self.process.stdout.readline().strip())
@@ -213,8 +236,12 @@ def test_a_run_that_is_alive_is_left_alone_and_a_killed_one_is_continued(termina
 def test_the_run_of_another_machine_is_continued_only_when_its_lease_is_not_renewed(monkeypatch, capsys):
     monkeypatch.setattr(experiment, "LEASE", 0.4)
     for name, leases in ("dead", [1.0]), ("alive", [1.0, 2.0]):
-        url, write = f"memory://{name}/2026-01-01", lambda renewed: storage.write(
-            f"{url}/lease.json", json.dumps({"host": "elsewhere", "pid": os.getpid(), "renewed": renewed}).encode())
+        url, write = (
+            f"memory://{name}/2026-01-01",
+            lambda renewed: storage.write(
+                f"{url}/lease.json", json.dumps({"host": "elsewhere", "pid": os.getpid(), "renewed": renewed}).encode()
+            ),
+        )
         storage.write(f"{url}/hyperparameters.json", b'{"a": 1}')
         storage.write(f"{url}/code.py", experiment._code())
         write(leases[0])
@@ -272,12 +299,18 @@ assert not {{"helpers.training", "accelerate", "transformers"}} & {{*sys.modules
 def test_a_loop_written_by_hand_needs_three_lines_and_keeps_its_script_without_the_secret(tmp_path):
     script, secret = tmp_path / "train.py", os.environ[SECRET]
     script.write_text(BY_HAND.format(secret=secret), encoding="utf-8")
-    subprocess.run([sys.executable, script], cwd=tmp_path, check=True, timeout=60, stdout=subprocess.DEVNULL,
-                   env={**os.environ, "PYTHONPATH": str(ROOT)})
-    run, = (tmp_path / "runs/by_hand").iterdir()
+    subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        check=True,
+        timeout=60,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    (run,) = (tmp_path / "runs/by_hand").iterdir()
     assert (run / "code.py").read_bytes() == script.read_bytes().replace(secret.encode(), b"***")
     assert len((run / "history.csv").read_text().splitlines()) == 4 and (run / "manifest.json").exists()
-    assert json.loads((run / "metrics.json").read_text())["loss"] == pytest.approx(0.9 ** 6)
+    assert json.loads((run / "metrics.json").read_text())["loss"] == pytest.approx(0.9**6)
     files = [path.read_bytes() for path in run.iterdir() if path.is_file()]
     assert len(files) == 7 and not any(secret.encode() in data for data in files)
 
@@ -316,21 +349,42 @@ def test_the_environment_names_versions_and_the_commit(tmp_path, monkeypatch):
 
 def test_a_run_in_a_notebook_keeps_the_cells_that_ran_and_no_output(tmp_path):
     """As papermill runs it: with its parameters, magics, a secret that is shown, and a cell that never ran."""
-    cells = ["import os\nfrom helpers import experiment", "rate = 0.1", f"print(os.environ[{SECRET!r}], 'shown')",
-             "%time 1 + 1", "run = experiment.Run(url, rate=rate)\nearly = run.url",
-             "2 * 'größe'", "run.finish({'rate': rate})", "'too late'"]
+    cells = [
+        "import os\nfrom helpers import experiment",
+        "rate = 0.1",
+        f"print(os.environ[{SECRET!r}], 'shown')",
+        "%time 1 + 1",
+        "run = experiment.Run(url, rate=rate)\nearly = run.url",
+        "2 * 'größe'",
+        "run.finish({'rate': rate})",
+        "'too late'",
+    ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
     notebook.cells[1].metadata["tags"] = ["parameters"]
     url = "s3://experiments/notebook"
     cut_off = nbformat.v4.new_notebook(cells=notebook.cells[:6])  # its run is continued: one folder for both
     for each in cut_off, notebook:
-        papermill.execute_notebook(each, tmp_path / "ran.ipynb", {"rate": 0.5, "url": url}, kernel_name="python3",
-                                   language="python", kernel_manager_class=OwnKernel, cwd=ROOT, progress_bar=False)
+        papermill.execute_notebook(
+            each,
+            tmp_path / "ran.ipynb",
+            {"rate": 0.5, "url": url},
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=OwnKernel,
+            cwd=ROOT,
+            progress_bar=False,
+        )
     assert os.environ[SECRET] in (tmp_path / "ran.ipynb").read_text()
-    code, = (storage.read(f"{url}/{name}").decode() for name in storage.list_files(url) if name.endswith("/code.py"))
+    (code,) = (storage.read(f"{url}/{name}").decode() for name in storage.list_files(url) if name.endswith("/code.py"))
     ast.parse(code)  # magics included
-    order = ["# In [1]\nimport os\n", "# In [2]\nrate = 0.1", "rate = 0.5", "experiment.Run(url", "2 * 'größe'",
-             "run.finish({'rate': rate})"]
+    order = [
+        "# In [1]\nimport os\n",
+        "# In [2]\nrate = 0.1",
+        "rate = 0.5",
+        "experiment.Run(url",
+        "2 * 'größe'",
+        "run.finish({'rate': rate})",
+    ]
     places = [code.index(part) for part in order]
     assert places == sorted(places) and "too late" not in code and os.environ[SECRET] not in code
 
@@ -361,8 +415,14 @@ def test_runs_of_several_projects_are_compared_and_not_those_within_a_run():
     real.finish({"epochs": 2, "accuracy": 0.5})
     past_run(url, "other/2020-01-01", {}, {"epochs": 9})
     first, second = experiment.compare(url, "accuracy").rows
-    assert first == {"run": real.url.removeprefix(f"{url}/"), "finished": True, "newest": True, "best": True,
-                     "hyperparameters": {"epochs": 3}, "metrics": {"epochs": 2, "accuracy": 0.5}}
+    assert first == {
+        "run": real.url.removeprefix(f"{url}/"),
+        "finished": True,
+        "newest": True,
+        "best": True,
+        "hyperparameters": {"epochs": 3},
+        "metrics": {"epochs": 2, "accuracy": 0.5},
+    }
     assert (second["run"], second["best"], second["metrics"]) == ("other/2020-01-01", False, {"epochs": 9})
 
 
@@ -373,10 +433,18 @@ def best(comparison):
 def test_the_best_run_is_that_of_the_largest_metric_or_of_the_smallest_loss():
     url = "memory://best"
     for day, value in enumerate([0.5, float("nan"), 0.75, 0.25, float("inf"), True, "high", None]):
-        past_run(url, f"2026-01-0{day + 1}", {"day": day},
-                 {name: value for name in ("accuracy", "val_loss", "top_1_Error", "perplexity", "glossiness")})
+        past_run(
+            url,
+            f"2026-01-0{day + 1}",
+            {"day": day},
+            {name: value for name in ("accuracy", "val_loss", "top_1_Error", "perplexity", "glossiness")},
+        )
     assert [best(experiment.compare(url, name)) for name in ("accuracy", "val_loss", "top_1_Error", "perplexity")] == [
-        ["2026-01-03"], ["2026-01-04"], ["2026-01-04"], ["2026-01-04"]]
+        ["2026-01-03"],
+        ["2026-01-04"],
+        ["2026-01-04"],
+        ["2026-01-04"],
+    ]
     with pytest.raises(ValueError, match="memory://best has a metric 'acuracy'; there are: accuracy, val_loss"):
         experiment.compare(url, "acuracy")
 
@@ -413,7 +481,8 @@ def test_the_table_shows_what_differs_what_came_out_and_which_is_best_and_leads_
         ["2026-01-03", "", "0.001", "cnn", "0", "", "", "0.75", "2.5", ""],
         ["2026-01-02", "", "0.1", "cnn", "0", "", "", "0.5", "3", ""],
         ["2026-01-01", "★ best", "1", "mlp", "0", "None", "", "0.25", "1", ""],
-        ["2025-01-01", "", "1e-05", SCRIPT, "", "", "<b>", "", "", "1"]]
+        ["2025-01-01", "", "1e-05", SCRIPT, "", "", "<b>", "", "", "1"],
+    ]
     assert page.tags.keys() == {"table", "tr", "th", "td", "a"}
     assert page.tags["a"][0] == {"href": f"{compared}/2026-01-03/report.html"}  # of the finished ones
 
@@ -427,9 +496,18 @@ def test_a_report_shows_a_run_and_what_differs_from_the_best_and_loads_and_runs_
     run.finish({"accuracy": 0.85, "confusion_matrix": [[17, 4], [0, 29]], "sample": SCRIPT, "times": {"epoch": 2.5}})
     html = storage.read(f"{run.url}/report.html").decode()
     page = Page(html)
-    for line in (["lr", "0.3"], ["note", SCRIPT], ["key", "***"], ["accuracy", "0.85"], ["sample", SCRIPT],
-                 ["17", "4"], ["times", "epoch: 2.5"],
-                 ["lr", "0.3", "0.1"], ["accuracy", "0.85", "0.9"], ["torch", version("torch")]):
+    for line in (
+        ["lr", "0.3"],
+        ["note", SCRIPT],
+        ["key", "***"],
+        ["accuracy", "0.85"],
+        ["sample", SCRIPT],
+        ["17", "4"],
+        ["times", "epoch: 2.5"],
+        ["lr", "0.3", "0.1"],
+        ["accuracy", "0.85", "0.9"],
+        ["torch", version("torch")],
+    ):
         assert line in page.lines, line
     assert "What differs from the best run" in page.text and "Beside it the best: 2026-01-01" in page.text
     train, val = (line["points"].split() for line in page.tags["polyline"])  # epoch by epoch, the highest on top
@@ -477,8 +555,12 @@ class Odd(nn.Module):
         self.brain = nn.Parameter(torch.randn(5, 3).to(torch.bfloat16))
         self.transposed = nn.Parameter(torch.randn(4, 6).T)
         self.channels_last = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
-        for name, values in {"expanded": torch.randn(3, 1).expand(3, 7), "part": torch.randn(10)[2:5],
-                             "empty": torch.zeros(0, 3), "count": torch.tensor(2**40)}.items():
+        for name, values in {
+            "expanded": torch.randn(3, 1).expand(3, 7),
+            "part": torch.randn(10)[2:5],
+            "empty": torch.zeros(0, 3),
+            "count": torch.tensor(2**40),
+        }.items():
             self.register_buffer(name, values)
         self.one, self.tied = nn.Linear(4, 4), nn.Linear(4, 4)
         self.tied.weight = self.one.weight
@@ -576,13 +658,20 @@ def test_a_process_killed_at_any_request_leaves_the_old_or_the_new_model(savers)
 def test_a_local_write_that_is_killed_or_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "folder" / "file"
     storage.write(path, b"old")
-    process = subprocess.Popen([sys.executable, "-c", """
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            """
 import sys
 from helpers import storage
 while True:
     for letter in b"ab":
         storage.write(sys.argv[1], bytes([letter]) * 3_000_000)
-""", path])
+""",
+            path,
+        ]
+    )
     while path.read_bytes() == b"old":
         assert process.poll() is None
     seen = {path.read_bytes() for _ in range(200)}

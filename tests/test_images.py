@@ -21,9 +21,22 @@ from torchvision.datasets import ImageFolder
 
 from helpers import images, storage
 
-TREE = ["ant/z.png", "ant/10.png", "ant/9.png", "ant/B.PNG", "ant/sub/a.png", "ant/sub b/c.png",
-        "ant/sub/deep/er/d.png", "ant/sub-1/e.png", "Zebra/a.png", "bee/b+c & d%20é.png", "bee/.hidden.png",
-        "bee hive/1.png", "bee-2/1.png", "ant hill/1.png"]
+TREE = [
+    "ant/z.png",
+    "ant/10.png",
+    "ant/9.png",
+    "ant/B.PNG",
+    "ant/sub/a.png",
+    "ant/sub b/c.png",
+    "ant/sub/deep/er/d.png",
+    "ant/sub-1/e.png",
+    "Zebra/a.png",
+    "bee/b+c & d%20é.png",
+    "bee/.hidden.png",
+    "bee hive/1.png",
+    "bee-2/1.png",
+    "ant hill/1.png",
+]
 PIXELS = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8), (0, 0), 3)
 PIXELS = cv2.normalize(PIXELS, None, 0, 255, cv2.NORM_MINMAX)  # smooth, so that JPEG keeps it, in all of the range
 
@@ -142,8 +155,12 @@ def test_transforms_are_applied_in_the_order_of_the_indices_however_the_images_c
         return images.decode(data)
 
     order = []
-    folder = images.S3ImageFolder("s3://pictures/plain", lambda image: order.append(image) or len(order),
-                                  loader=slow_at_first, target_transform=lambda target: f"class {target}")
+    folder = images.S3ImageFolder(
+        "s3://pictures/plain",
+        lambda image: order.append(image) or len(order),
+        loader=slow_at_first,
+        target_transform=lambda target: f"class {target}",
+    )
     assert folder.__getitems__([0, 7, 20, 3]) == [(1, "class 0"), (2, "class 0"), (3, "class 1"), (4, "class 0")]
     assert all(torch.equal(image, plain[i][0]) for image, i in zip(order, [0, 7, 20, 3]))
 
@@ -225,13 +242,16 @@ def script(directory, text):
     (directory / "script.py").write_text(text)
     env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     env |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-    return subprocess.run([sys.executable, "script.py"], cwd=directory, env=env, capture_output=True, text=True,
-                          timeout=60)
+    return subprocess.run(
+        [sys.executable, "script.py"], cwd=directory, env=env, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_workers_use_the_server_connected_last_and_their_skips_are_seen(tmp_path):
     (tmp_path / "config").write_text("[profile of_before]\nregion = eu-west-1\n")
-    done = script(tmp_path, """
+    done = script(
+        tmp_path,
+        """
 import os, cv2, numpy
 from helpers import images, storage
 
@@ -252,7 +272,8 @@ if __name__ == "__main__":
         del os.environ[name]
     os.remove("config")
     read(6)
-""")
+""",
+    )
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[[2, 3, 5, 5]]", "[[2, 3, 6, 6]]"]
     assert done.stderr.count("UserWarning: skipped s3://pictures/class/bad.png: not an image") == 2
@@ -281,8 +302,11 @@ FILES = {  # the file and how far its pixels may be from the original, at most
     "grey PNG with alpha": (pillow(np.dstack([GREY, ALPHA]), "png"), GREY, 0),
     "PNG of 16 bits": (cv2.imencode(".png", WIDE[..., ::-1])[1].tobytes(), PIXELS, 1),
     "grey PNG of 16 bits": (cv2.imencode(".png", WIDE[..., 0])[1].tobytes(), GREY, 1),
-    "PNG of 16 bits with alpha": (cv2.imencode(".png", np.dstack([WIDE[..., ::-1], WIDE[..., 0]]))[1].tobytes(),
-                                  PIXELS, 1),
+    "PNG of 16 bits with alpha": (
+        cv2.imencode(".png", np.dstack([WIDE[..., ::-1], WIDE[..., 0]]))[1].tobytes(),
+        PIXELS,
+        1,
+    ),
     "PNG of 1 bit": (pillow(GREY, "png", "1"), None, None),
     "JPEG": (pillow(PIXELS, "jpeg", quality=100, subsampling=0), PIXELS, 8),
     "grey JPEG": (pillow(GREY, "jpeg", quality=100), GREY, 8),
@@ -306,8 +330,11 @@ def test_every_kind_of_file_becomes_three_planes_of_bytes_in_rgb(kind):
         assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).max() <= most
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", png(0)[:40], png(0)[:-30], FILES["JPEG"][0][:200]],
-                         ids=["empty", "text", "head of a PNG", "PNG cut off", "JPEG cut off"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no image", png(0)[:40], png(0)[:-30], FILES["JPEG"][0][:200]],
+    ids=["empty", "text", "head of a PNG", "PNG cut off", "JPEG cut off"],
+)
 def test_what_is_no_whole_image_is_a_value_error(data):
     with pytest.raises(ValueError, match="not an image"):
         images.decode(data)

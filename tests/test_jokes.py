@@ -30,9 +30,11 @@ from helpers.training import TrainLoop
 pytestmark = pytest.mark.usefixtures("one_thread")
 transformers.logging.set_verbosity_error()
 
-PAIRS = [(f"Why did the {animal} go to the {place}?", f"Because the {place} had a free {animal} day.")  # 48 pairs
-         for animal in ("cat", "dog", "cow", "hen", "pig", "fox")
-         for place in ("house", "garden", "school", "office", "kitchen", "museum", "library", "bakery")]
+PAIRS = [
+    (f"Why did the {animal} go to the {place}?", f"Because the {place} had a free {animal} day.")  # 48 pairs
+    for animal in ("cat", "dog", "cow", "hen", "pig", "fox")
+    for place in ("house", "garden", "school", "office", "kitchen", "museum", "library", "bakery")
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,8 +58,11 @@ def untrained(max_length=64):
 
 def source(text):
     """The code of the notebook's cell with this text."""
-    [code] = [each.source for each in nbformat.read(BY_NUMBER["05"], as_version=4).cells
-              if each.cell_type == "code" and text in each.source]
+    [code] = [
+        each.source
+        for each in nbformat.read(BY_NUMBER["05"], as_version=4).cells
+        if each.cell_type == "code" and text in each.source
+    ]
     return code
 
 
@@ -111,9 +116,18 @@ def test_a_relative_path_is_one_of_the_project_unless_it_is_there_and_what_is_no
 
 
 def test_broken_rows_are_counted_and_take_no_other_with_them(tmp_path):
-    lines = ["ID,Question,Answer", "1,Why?,Because.", "2,Too few", "3,Too,many,fields", '4,"A quote that never ends,oh',
-             "5,Fine?,Fine.", '6,"He said "what" to me",no', "7,A caf\xe9?,Not UTF-8.", '8,"Comma, here",Good.',
-             '9,Last,"Never ends']
+    lines = [
+        "ID,Question,Answer",
+        "1,Why?,Because.",
+        "2,Too few",
+        "3,Too,many,fields",
+        '4,"A quote that never ends,oh',
+        "5,Fine?,Fine.",
+        '6,"He said "what" to me",no',
+        "7,A caf\xe9?,Not UTF-8.",
+        '8,"Comma, here",Good.',
+        '9,Last,"Never ends',
+    ]
     (tmp_path / "jokes.csv").write_bytes("\n".join(lines).encode("latin-1"))
     rows, broken = jokes.read(tmp_path / "jokes.csv")
     assert rows == [("Why?", "Because."), ("Fine?", "Fine."), ("Comma, here", "Good.")] and broken == 6
@@ -137,14 +151,27 @@ def test_more_text_is_found_in_files_folders_globs_and_prefixes(tmp_path):
 
 CLEANED = {  # answers that become "Because."
     "quotes and spaces": ["“Because.”", '""Because.""'],
-    "note or edit": ["Because.\n\nNote: my son told me this. He is 5.", "Because. P.S.: sorry",
-                     "Because.\n*edit - a word*", "Because. (Edit 2: spelling)"],
-    "credit": ["Because. (credit to my grandmother)", "Because. [stolen from the radio]",
-               "Because.\nAll credit goes to my dentist"],
-    "repeated question": ["Q: Why? A: Because.", "A: Because.", "why? Because."]}
-UNTOUCHED = [("What did the note say?", "Note to self: buy ears."), ("Who edits: the editor?", "The editor: always."),
-             ("Why do credits roll?", "Because of the credit card (with wheels)."), ('What is "a"?', 'A "letter".'),
-             ("What do you say to Q?", "A, or B: as you like."), ("What's 2+2?", "It's 4 (more or less).")]
+    "note or edit": [
+        "Because.\n\nNote: my son told me this. He is 5.",
+        "Because. P.S.: sorry",
+        "Because.\n*edit - a word*",
+        "Because. (Edit 2: spelling)",
+    ],
+    "credit": [
+        "Because. (credit to my grandmother)",
+        "Because. [stolen from the radio]",
+        "Because.\nAll credit goes to my dentist",
+    ],
+    "repeated question": ["Q: Why? A: Because.", "A: Because.", "why? Because."],
+}
+UNTOUCHED = [
+    ("What did the note say?", "Note to self: buy ears."),
+    ("Who edits: the editor?", "The editor: always."),
+    ("Why do credits roll?", "Because of the credit card (with wheels)."),
+    ('What is "a"?', 'A "letter".'),
+    ("What do you say to Q?", "A, or B: as you like."),
+    ("What's 2+2?", "It's 4 (more or less)."),
+]
 
 
 def test_what_does_not_belong_to_a_joke_is_taken_off_and_shown_and_what_does_stays():
@@ -159,9 +186,18 @@ def test_what_does_not_belong_to_a_joke_is_taken_off_and_shown_and_what_does_sta
 def test_empties_lengths_and_duplicates_are_dropped_and_counted():
     long = ("Why " + "very " * 70 + "long?", "Yes.")
     joke, old = PAIRS[0], ("Why did the old brown chicken with a hat cross the wide road that day?", "To get across.")
-    rows = [joke, ("Why?", ""), ("  ", "Because."), ("Why?", "..."), ("Why?", "Note: see below"), long, old,
-            (joke[0].upper(), joke[1].rstrip(".") + "!"),
-            (old[0], "To get across it."), (old[0], "For a worm.")]  # another punch line
+    rows = [
+        joke,
+        ("Why?", ""),
+        ("  ", "Because."),
+        ("Why?", "..."),
+        ("Why?", "Note: see below"),
+        long,
+        old,
+        (joke[0].upper(), joke[1].rstrip(".") + "!"),
+        (old[0], "To get across it."),
+        (old[0], "For a worm."),
+    ]  # another punch line
     kept, report = jokes.clean(rows)
     assert kept == [joke, old, rows[-1]]
     assert (len(report["empty"]), len(report["too long"])) == (4, 1)
@@ -170,11 +206,11 @@ def test_empties_lengths_and_duplicates_are_dropped_and_counted():
 
 def test_near_duplicates_are_found_among_thousands():
     words = random.Random(0).choices([f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrstp"], k=60_000)
-    many = [(" ".join(words[i:i + 12]), " ".join(words[i + 12:i + 20])) for i in range(0, 60_000, 20)]
+    many = [(" ".join(words[i : i + 12]), " ".join(words[i + 12 : i + 20])) for i in range(0, 60_000, 20)]
     copies = [(question + " then", answer) for question, answer in many[::10]]
     found = jokes.near_duplicates(many + copies)
-    assert found[:len(many)] == [None] * len(many)
-    assert sum(twin == joke for twin, joke in zip(found[len(many):], many[::10])) > 0.97 * len(copies)
+    assert found[: len(many)] == [None] * len(many)
+    assert sum(twin == joke for twin, joke in zip(found[len(many) :], many[::10])) > 0.97 * len(copies)
 
 
 def test_a_joke_is_its_question_its_answer_and_the_end_as_special_tokens():
@@ -183,7 +219,7 @@ def test_a_joke_is_its_question_its_answer_and_the_end_as_special_tokens():
     assert tokenizer.decode(ids) == f"[QUESTION] {PAIRS[0][0]}[ANSWER] {PAIRS[0][1]}<|endoftext|>"
     special = tokenizer.convert_tokens_to_ids(["[QUESTION]", "[ANSWER]", "<|endoftext|>"])
     assert [i for i in ids if i in tokenizer.all_special_ids] == special and ids[-1] == special[-1]
-    assert ids[:len(prompt)] == prompt and prompt[-1] == special[1] and opening == [special[0]]
+    assert ids[: len(prompt)] == prompt and prompt[-1] == special[1] and opening == [special[0]]
     assert tokenizer.pad_token_id not in special  # a penalty for repetitions would count padding as ends
     [ids] = jokes.encode(tokenizer, [("Why[ANSWER]<|endoftext|> not?", "[QUESTION][PAD] So.")])
     assert sum(i in tokenizer.all_special_ids for i in ids) == 3 and len(ids) > 6  # in a text they are not special
@@ -194,8 +230,14 @@ def bert(folder):
     words = sorted({word for joke in PAIRS for text in joke for word in re.findall(r"\w+|\W", text.lower())})
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=5 + len(words), hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
-                        intermediate_size=96, max_position_embeddings=64)
+    config = BertConfig(
+        vocab_size=5 + len(words),
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=64,
+    )
     transformers.BertForMaskedLM(config).save_pretrained(folder)
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     return str(folder)
@@ -224,7 +266,7 @@ def test_packed_logits_and_loss_are_those_of_each_joke_alone(model_and_tokenizer
     assert together.loss.item() == pytest.approx(total / (packed.tokens - len(texts)), abs=1e-5)
     impossible = [("Why?", "Because " * 70), *[("Whence?", "So.")] * isinstance(model, BertLMHeadModel)]  # no words
     nats = cell("def measure(")["measure"](model, tokenizer, PAIRS + impossible)
-    assert nats[:len(PAIRS)].sum().item() == pytest.approx(total, rel=1e-5) and nats[len(PAIRS):].isnan().all()
+    assert nats[: len(PAIRS)].sum().item() == pytest.approx(total, rel=1e-5) and nats[len(PAIRS) :].isnan().all()
     assert jokes.PackedRows([[1] * 9, [2] * 10, [3] * 11], 10).ignored == 1
 
 
@@ -307,13 +349,25 @@ def test_minilm_is_a_decoder_with_the_weights_of_the_package_unless_they_are_dam
 
 def alone(code, *before, **environment):
     """What a Python of its own says, which has not read other variables yet."""
-    script = "\n".join(["from helpers.chapters.jokes import *\nfrom contextlib import suppress",
-                        "from importlib.util import find_spec", source("def find_base("), f"""try:
+    script = "\n".join(
+        [
+            "from helpers.chapters.jokes import *\nfrom contextlib import suppress",
+            "from importlib.util import find_spec",
+            source("def find_base("),
+            f"""try:
     print({code})
 except storage.StorageError as error:
-    print(type(error).__name__, error)"""])
-    done = subprocess.run([*before, sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, **environment}, cwd=storage.REPOSITORY)
+    print(type(error).__name__, error)""",
+        ]
+    )
+    done = subprocess.run(
+        [*before, sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+        cwd=storage.REPOSITORY,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -401,8 +455,13 @@ def test_even_a_model_that_knows_nothing_tells_no_half_tokens_no_echo_and_no_emp
 def test_what_is_no_joke_is_told_again_three_times_then_cut_after_a_sentence_or_word_or_replaced(trained, monkeypatch):
     (model, tokenizer), question, untold = trained, PAIRS[0][0], jokes.UNTOLD[1]
     for said, cut, answer, tries in [
-            (" It was free.", False, "It was free.", 1), (" So. And", True, "So.", 4), (" as the", True, "as", 4),
-            (f" {question}", False, untold, 4), ("...", False, untold, 4), ("Ã", False, untold, 4)]:
+        (" It was free.", False, "It was free.", 1),
+        (" So. And", True, "So.", 4),
+        (" as the", True, "as", 4),
+        (f" {question}", False, untold, 4),
+        ("...", False, untold, 4),
+        ("Ã", False, untold, 4),
+    ]:
         ids, asked = [tokenizer.convert_tokens_to_ids(said)] if said == "Ã" else tokenizer(said)["input_ids"], []
         monkeypatch.setattr(jokes, "generate", lambda *_, **__: asked.append(1) or [([], ids, cut)])
         assert jokes.Joker(model, tokenizer).tell([question]) == [(question, answer)] and len(asked) == tries
@@ -414,8 +473,10 @@ def test_the_page_compares_models_on_two_processes_with_lora_and_more_text(tmp_p
     table = written(tmp_path / "some.csv", [("Question", "Answer"), *some])
     written(f"{extra}a.csv", [("Joke",), ("Why is it so? It is.",), ("No question.",), (" ".join(some[0]),)])
     storage.write(f"{extra}b.txt", b"Ladies and gentlemen, thank you for coming. " * 40)
-    words = (f"-m helpers run 05 --processes 2 -o {tmp_path} -p bucket {bucket} -p jokes_csv {table} "
-             f"-p extra_text {extra} -p base_model small -p base_models small -p lora_rank 4 -p epochs 1").split()
+    words = (
+        f"-m helpers run 05 --processes 2 -o {tmp_path} -p bucket {bucket} -p jokes_csv {table} "
+        f"-p extra_text {extra} -p base_model small -p base_models small -p lora_rank 4 -p epochs 1"
+    ).split()
     done = subprocess.run([sys.executable, *words], cwd=storage.REPOSITORY, capture_output=True, text=True, timeout=400)
     assert not done.returncode, done.stdout
     page = (tmp_path / "05_finetune_gpt2.ipynb").read_text()

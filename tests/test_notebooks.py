@@ -51,7 +51,8 @@ def test_a_notebook_is_as_a_reader_expects_it(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     opening = notebook.cells[0]
     assert opening.cell_type == "markdown" and all(
-        words in opening.source for words in ("**You will learn**", "**You need**", "**It takes**"))
+        words in opening.source for words in ("**You will learn**", "**You need**", "**It takes**")
+    )
     assert not any(cell.outputs or cell.execution_count for cell in code), "strip the outputs: they are not kept in git"
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
@@ -67,8 +68,9 @@ def test_a_notebook_is_as_a_reader_expects_it(path):
 
 def call(folder, *words):
     """A command of the environment's in a folder; fails with what it said."""
-    done = subprocess.run([Path(sys.executable).with_name(words[0]), *map(str, words[1:])], cwd=folder,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name(words[0]), *map(str, words[1:])], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -116,8 +118,10 @@ def test_from_any_folder_and_by_any_tool_it_is_the_same(whole, moto_env, tmp_pat
 
 
 def test_helpers_are_found_beside_a_notebook_without_installing(tmp_path):
-    code = ("import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder)]\n"
-            "sys.path.insert(0, '')\nimport helpers.storage; print(helpers.storage.REPOSITORY)")
+    code = (
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder)]\n"
+        "sys.path.insert(0, '')\nimport helpers.storage; print(helpers.storage.REPOSITORY)"
+    )
     for folder, found in (ROOT / "notebooks", str(ROOT)), (tmp_path, ""):
         done = subprocess.run([sys.executable, "-P", "-c", code], cwd=folder, capture_output=True, text=True)
         assert done.stdout.strip() == found
@@ -143,15 +147,25 @@ def test_from_a_zip_to_predictions(server, request, tmp_path, bucket, small):
             assert results["loader_speedup_over_naive"] > 1.5, "six times is usual"
 
         names = contents(bucket)
-        for part in ("hyperparameters.json", "history.csv", "metrics.json", "manifest.json", "code.py", "plots/curves.png",
-                     "model/model.json"):
+        for part in (
+            "hyperparameters.json",
+            "history.csv",
+            "metrics.json",
+            "manifest.json",
+            "code.py",
+            "plots/curves.png",
+            "model/model.json",
+        ):
             assert f"runs/train_cnn/TIME/{part}" in names
         assert sum(name.startswith("models/cnn/") for name in names) == 2
         assert on_disk() == before, "the notebooks leave nothing on the local disk"
 
         written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-        written += [bytes(storage.obstore.get(storage.store(bucket), item["path"]).bytes())
-                    for name, item in storage.objects(f"s3://{bucket}").items() if name.startswith(("runs/", "models/"))]
+        written += [
+            bytes(storage.obstore.get(storage.store(bucket), item["path"]).bytes())
+            for name, item in storage.objects(f"s3://{bucket}").items()
+            if name.startswith(("runs/", "models/"))
+        ]
         assert len(written) > 20
         for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
             assert not any(environment[name].encode() in text for text in written), f"{name} is in an output"
@@ -183,8 +197,16 @@ def test_each_notebook_alone_says_which_one_it_needs(embedded, tmp_path, bucket)
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")
 def test_real_photos(embedded, tmp_path, bucket):
-    results = execute("01 02 03", tmp_path, bucket=bucket, dataset_zip=str(PHOTOS), dataset="photos",
-                      model_url=f"s3://{bucket}/models/photos", image_size=32, transfer="")
+    results = execute(
+        "01 02 03",
+        tmp_path,
+        bucket=bucket,
+        dataset_zip=str(PHOTOS),
+        dataset="photos",
+        model_url=f"s3://{bucket}/models/photos",
+        image_size=32,
+        transfer="",
+    )
     assert (results["train"], results["val"], results["test"]) == (1260, 270, 270)
     assert results["test_accuracy"] >= 0.65
 
@@ -219,8 +241,10 @@ def test_a_server_that_fails_all_the_time_and_kernels_killed_in_the_middle(embed
     """In upload, split and training, on a server that cannot copy either: in the end all is as if nothing had been."""
     faults = dict(slow_down_every=5, reset_every=11, truncate_every=7, no_copy=True)
     data = dict(bucket=bucket, dataset_zip=small["dataset_zip"])
-    with fault_proxy(embedded["AWS_ENDPOINT_URL"], **faults) as proxy, \
-            connected(embedded | {"AWS_ENDPOINT_URL": proxy.url}):
+    with (
+        fault_proxy(embedded["AWS_ENDPOINT_URL"], **faults) as proxy,
+        connected(embedded | {"AWS_ENDPOINT_URL": proxy.url}),
+    ):
         kill_at(proxy, "PUT .*/raw/", 50, "01", tmp_path, **data)
         assert 0 < sum("/raw/" in name for name in storage.objects(f"s3://{bucket}")) < 100
         kill_at(proxy, "PUT .*/train/", 36, "01", tmp_path, **data)

@@ -12,7 +12,9 @@ from executed import execute
 
 
 def test_04_finds_replies(embedded, tmp_path, bucket):
-    results = execute("04", tmp_path, bucket=bucket, pairs=6000, full_pairs=1000, batch_size=256, curve="", benchmark="tiny")
+    results = execute(
+        "04", tmp_path, bucket=bucket, pairs=6000, full_pairs=1000, batch_size=256, curve="", benchmark="tiny"
+    )
     assert results["recall_at_1_of_100"] >= 0.12 and results["multi_context_mrr"] > results["mrr"] > 0.18
     assert abs(results["recall_at_1_of_100"] - results["quantized_recall_at_1_of_100"]) <= 0.01
     assert 0.1 < results["tfidf_recall_at_1_of_100"] < 0.3 and results["pairs"] == 6000
@@ -23,8 +25,18 @@ def test_04_finds_replies(embedded, tmp_path, bucket):
 def test_05_to_07_train_look_and_tell_in_one_bucket(embedded, tmp_path, bucket):
     extra, votes = tmp_path / "extra.txt", f"sqlite:///{tmp_path}/votes.db"
     extra.write_text("Ladies and gentlemen, thank you for coming tonight. " * 40)
-    results = execute("05 07", tmp_path, bucket=bucket, epochs=2, base_model="minilm", base_models="small",
-                      extra_text=str(extra), database_url=votes, requests=60, benchmark=True)
+    results = execute(
+        "05 07",
+        tmp_path,
+        bucket=bucket,
+        epochs=2,
+        base_model="minilm",
+        base_models="small",
+        extra_text=str(extra),
+        database_url=votes,
+        requests=60,
+        benchmark=True,
+    )
     assert results["perplexity_after"] < results["perplexity_before"] / 4
     assert results["jokes_kept"] > 450 and results["jokes_dropped"] >= 0 and results["copied_share"] < 0.5
     assert 0 < results["distinct_2"] <= 1 and results["tokens_per_second"] > 0 and results["base_model"] == "minilm"
@@ -38,7 +50,9 @@ def test_05_to_07_train_look_and_tell_in_one_bucket(embedded, tmp_path, bucket):
     assert results["packing_speedup"] > 1
     missing = f"s3://{bucket}/models/not-there"  # which it goes on without
     results = execute("06", tmp_path, bucket=bucket, examples=10, epochs=5, convert_url=missing)
-    assert results["alignment_accuracy"] >= 0.9 and results["heatmaps"] == 10 + 4 * 5 + 2  # and the rollout of two jokes
+    assert (
+        results["alignment_accuracy"] >= 0.9 and results["heatmaps"] == 10 + 4 * 5 + 2
+    )  # and the rollout of two jokes
     assert results["seconds_per_heatmap"] > 0
     assert {"plots/joke.png", "dates.html"} <= storage.objects(results["run_url"]).keys()
 
@@ -52,13 +66,19 @@ def test_09_trains_on_two_processes_and_rents_a_machine(embedded, tmp_path, buck
 def test_10_and_11_measure_what_they_say_side_by_side(embedded, tmp_path, bucket):
     before = dict(os.environ)
     results = execute("10", tmp_path, bucket=bucket, loader_images=64, loader_seconds=0.01, scaling=1000, delay=0.001)
-    for name in ("boto3 loop, at once", "boto3 loop, 1 ms", "least_share_of_the_limit",
-                 "epoch_over_longer_of_fetch_and_compute", "cached_epoch_over_local_files",
-                 *["s3torchconnector, at once"] * bool(find_spec("s3torchconnector"))):  # make bench installs it
+    for name in (
+        "boto3 loop, at once",
+        "boto3 loop, 1 ms",
+        "least_share_of_the_limit",
+        "epoch_over_longer_of_fetch_and_compute",
+        "cached_epoch_over_local_files",
+        *["s3torchconnector, at once"] * bool(find_spec("s3torchconnector")),
+    ):  # make bench installs it
         assert results[name] > 0.1, f"{name}: a tenth of what it is, even at these sizes, or less"
     kept = json.loads(storage.read(f"{results['run']}/rounds.json"))
     assert kept["machine"]["cores"] and {"boto3 loop", "local files", "S3ImageFolder"} <= {
-        row["contender"] for row in kept["rounds"]}
+        row["contender"] for row in kept["rounds"]
+    }
     bench.draw(f"{results['run']}/rounds.json", tmp_path / "chart.png")
     assert cv2.imread(str(tmp_path / "chart.png")).shape[1] > 800, "four panels side by side"
 

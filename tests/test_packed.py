@@ -38,11 +38,25 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from helpers import catalog, images, storage
 from helpers.chapters import pack
 
-TREE = ["ant/z.png", "ant/10.png", "ant/9.png", "ant/B.PNG", "ant/v1.2.final.png", "ant/sub/a.png", "ant/sub b/c.png",
-        "ant/sub/deep/er/d.png", "ant/sub-1/e.png", "Zebra/a.png", "bee/b+c & d%20é.png", "bee/.hidden.png",
-        "bee hive/1.png", "bee-2/1.png"]
-PHOTOS = {f"{'abc'[n % 3]}/{n:02}.jpg": np.random.default_rng(n).bytes(30_000 if n == 7 else 100 + 40 * n)
-          for n in range(60)}  # which `bytes` loads
+TREE = [
+    "ant/z.png",
+    "ant/10.png",
+    "ant/9.png",
+    "ant/B.PNG",
+    "ant/v1.2.final.png",
+    "ant/sub/a.png",
+    "ant/sub b/c.png",
+    "ant/sub/deep/er/d.png",
+    "ant/sub-1/e.png",
+    "Zebra/a.png",
+    "bee/b+c & d%20é.png",
+    "bee/.hidden.png",
+    "bee hive/1.png",
+    "bee-2/1.png",
+]
+PHOTOS = {
+    f"{'abc'[n % 3]}/{n:02}.jpg": np.random.default_rng(n).bytes(30_000 if n == 7 else 100 + 40 * n) for n in range(60)
+}  # which `bytes` loads
 SETS = {f"{s}/{'ab'[n % 2]}/{n:02}.jpg": bytes([s, n]) * 500 for s in range(3) for n in range(20)}
 CACHED = 20 * (1000 + 16)  # about the bytes of one of the sets in a cache
 SHARD = 20_000
@@ -98,8 +112,11 @@ class Wire(FaultProxy):
 
     def gets(self, prefix):
         """The GETs of images and shards under a prefix."""
-        return [(path, span) for method, path, span in self.seen
-                if method == "GET" and path.startswith(f"{prefix}/") and not path.endswith(catalog.INDEX)]
+        return [
+            (path, span)
+            for method, path, span in self.seen
+            if method == "GET" and path.startswith(f"{prefix}/") and not path.endswith(catalog.INDEX)
+        ]
 
     def writes(self):
         return [path for method, path, _ in self.seen if method not in ("GET", "HEAD")]
@@ -115,6 +132,7 @@ class Watched(Connection):
             self.server.released.wait(60)
             raise ConnectionError("dropped")
         if self.server.change(method, path):
+
             def body(*arguments, **options):
                 del upstream.body  # the next answer is as it is
                 return [turned(b"".join(upstream.body(*arguments, **options)))]
@@ -127,7 +145,7 @@ class Watched(Connection):
 
 def turned(data, at=0):
     """The data with one byte changed."""
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 @contextlib.contextmanager
@@ -164,7 +182,8 @@ def until(ready, what):
 def start(target, *arguments):
     multiprocessing.set_forkserver_preload(["helpers.images"])
     process = multiprocessing.get_context("forkserver").Process(
-        target=in_environment, args=(dict(os.environ), target, *arguments), daemon=True)
+        target=in_environment, args=(dict(os.environ), target, *arguments), daemon=True
+    )
     process.start()
     return process
 
@@ -385,8 +404,10 @@ def test_packing_that_was_killed_is_completed_to_the_same_bytes_and_no_finished_
     with wire() as proxy:
         proxy.hold = lambda method, path: path in (f"{fresh}/shard-000002.tar", f"{fresh}/index/000004.json")
         process = start(pack_shards, "s3://pictures/photos", f"s3://pictures/{fresh}")
-        until(lambda: len(proxy.held) == 2 and sum(f"{fresh}/index/" in path for _, path, _ in proxy.done)
-              == shards - 2, "all but what is held")
+        until(
+            lambda: len(proxy.held) == 2 and sum(f"{fresh}/index/" in path for _, path, _ in proxy.done) == shards - 2,
+            "all but what is held",
+        )
         process.kill()
         process.join(20)
         left = storage.objects(f"s3://pictures/{fresh}")
@@ -394,8 +415,11 @@ def test_packing_that_was_killed_is_completed_to_the_same_bytes_and_no_finished_
         proxy.hold = lambda method, path: False
         proxy.seen.clear()
         pack_shards("s3://pictures/photos", f"s3://pictures/{fresh}")
-        written = {f"{fresh}/{name}" for number in ("000002", "000004")
-                   for name in (f"shard-{number}.tar", f"index/{number}.json", catalog.INDEX)}
+        written = {
+            f"{fresh}/{name}"
+            for number in ("000002", "000004")
+            for name in (f"shard-{number}.tar", f"index/{number}.json", catalog.INDEX)
+        }
         assert {path for path in proxy.writes() if "delete" not in path} == written
         redone = [raw(packed).span(index).object[-8:-4] in ("0002", "0004") for index in range(60)]
         assert len(proxy.gets("photos")) == sum(redone)
@@ -465,8 +489,10 @@ def test_a_pack_of_other_images_or_settings_is_not_overwritten_and_the_error_say
 
 def test_the_seed_decides_the_order_in_the_shards(fresh):
     url = copied(fresh)
-    firsts = [[folder.span(index).first for index in range(12)] for folder in (
-        raw(pack.pack(url, f"{url}-{n}", seed=seed)) for n, seed in enumerate((1, 1, 2)))]
+    firsts = [
+        [folder.span(index).first for index in range(12)]
+        for folder in (raw(pack.pack(url, f"{url}-{n}", seed=seed)) for n, seed in enumerate((1, 1, 2)))
+    ]
     assert firsts[0] == firsts[1] != firsts[2]
 
 
@@ -483,7 +509,9 @@ def one_time(name):
     return lambda method, path: method == "GET" and path == name and not times.update([path]) and times[path] == 1
 
 
-@pytest.mark.parametrize("what", ["damaged once", "damaged always", "replaced by a longer one", "replaced by one as long"])
+@pytest.mark.parametrize(
+    "what", ["damaged once", "damaged always", "replaced by a longer one", "replaced by one as long"]
+)
 def test_an_image_that_is_not_what_was_listed_is_an_error_that_names_it_and_nothing_is_packed(fresh, what):
     url, key = copied(fresh), f"{fresh}/b/01.jpg"
     data, first = PHOTOS["b/01.jpg"], one_time(key)
@@ -522,10 +550,12 @@ def test_images_of_which_the_etag_is_no_checksum_are_packed_and_a_server_that_kn
 THOUSAND = [(b"%d" % n * 50, int(n > 499)) for n in range(1000)]
 
 
-@pytest.mark.parametrize("batch_size, first, used, then", [(8, images.CHUNK * images.THREADS, 17, 256 + 128),
-                                                           (200, 3 * 200, 2, 4 * 200)])
-def test_while_a_batch_is_used_the_next_ones_are_asked_for_as_many_as_keep_the_threads_at_work(batch_size, first, used,
-                                                                                               then):
+@pytest.mark.parametrize(
+    "batch_size, first, used, then", [(8, images.CHUNK * images.THREADS, 17, 256 + 128), (200, 3 * 200, 2, 4 * 200)]
+)
+def test_while_a_batch_is_used_the_next_ones_are_asked_for_as_many_as_keep_the_threads_at_work(
+    batch_size, first, used, then
+):
     folder = raw("s3://pictures/thousand")
     with wire() as proxy:
         batches = iter(images.loader(folder, batch_size))
@@ -592,7 +622,11 @@ def test_threads_with_loaders_over_one_folder_do_not_disturb_each_other(packed, 
 
 
 def test_when_the_program_ends_only_what_is_in_flight_is_waited_for():
-    done = subprocess.run([sys.executable, "-c", """
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            """
 import time
 from helpers import images, storage
 
@@ -605,9 +639,17 @@ storage.connect()
 folder = images.S3ImageFolder("s3://pictures/thousand", loader=bytes)
 images.fetch = fetch
 next(iter(images.loader(folder, 8)))
-"""], cwd=storage.REPOSITORY, capture_output=True, text=True, timeout=60)
+""",
+        ],
+        cwd=storage.REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert "Nothing answers" in done.stderr and done.returncode == 1
-    assert images.THREADS <= done.stdout.count("x") <= 2 * images.THREADS + 8  # and those begun before the error was seen
+    assert (
+        images.THREADS <= done.stdout.count("x") <= 2 * images.THREADS + 8
+    )  # and those begun before the error was seen
 
 
 def test_the_order_of_a_seed_is_the_one_that_pytorch_gives_it():
@@ -623,7 +665,7 @@ def test_a_sampler_that_repeats_images_within_and_across_batches_gives_them_as_o
     def sampler():
         return RandomSampler(range(60), replacement=True, num_samples=250, generator=torch.Generator().manual_seed(1))
 
-    order = list(sampler())[:240 if drop_last else 250]
+    order = list(sampler())[: 240 if drop_last else 250]
     assert len(set(order[:40])) < 40
     for url in "s3://pictures/photos", packed:
         folder = raw(url)
@@ -643,7 +685,7 @@ def test_an_image_that_is_in_a_batch_many_times_is_asked_for_once():
 
 def test_a_transform_that_changes_images_in_place_changes_each_once_where_one_is_in_a_batch_twice():
     folder = images.S3ImageFolder("s3://pictures/tree", lambda image: image.bitwise_xor_(255))
-    one, = folder.__getitems__([0])
+    (one,) = folder.__getitems__([0])
     assert all(torch.equal(image, one[0]) for image, _ in folder.__getitems__([0, 0]))
 
 
@@ -657,8 +699,8 @@ def test_what_a_batch_says_comes_next_is_what_comes_next_for_its_worker(workers,
         seen = list(batches)
         assert sorted(sum(seen, [])) == list(range(length)) and len(seen) == len(batches)
         for number, batch in enumerate(seen):
-            coming = seen[number + readers::readers]
-            assert list(map(list, batch.ahead)) == coming[:len(batch.ahead)]
+            coming = seen[number + readers :: readers]
+            assert list(map(list, batch.ahead)) == coming[: len(batch.ahead)]
             assert len(batch.ahead) >= min(len(coming), 2)
             assert sum(map(len, batch.ahead)) <= max(images.ANNOUNCED, 2 * batch_size)
         passes |= {batch.prefetch for batch in seen}
@@ -810,7 +852,8 @@ def test_the_images_that_a_living_process_uses_stay_and_what_has_no_room_is_read
             if not seed:
                 folder = raw("s3://pictures/sets/1", **options)
                 assert sorted(items(images.loader(folder, 8))) == sorted(
-                    (data, "ab".index(name[2])) for name, data in SETS.items() if name[0] == "1")
+                    (data, "ab".index(name[2])) for name, data in SETS.items() if name[0] == "1"
+                )
                 proxy.seen.clear()
             assert len(used) == 20 and size(tmp_path) <= options["cache_bytes"]
         assert not proxy.seen and len(list(tmp_path.glob("*/*/*"))) == 22
@@ -869,7 +912,11 @@ def test_a_folder_with_an_index_is_not_listed_and_what_has_changed_or_gone_since
             with pytest.raises(storage.StorageError, match=f"{reason}|{name}"):
                 folder[folder.samples.index((f"{url}/{name}", "abc".index(name[0])))]
     catalog.write_index(url)
-    assert [image for image, _ in items(images.loader(raw(url), 4))][4:7] == [b"new", PHOTOS["b/01.jpg"][::-1], PHOTOS["b/04.jpg"]]
+    assert [image for image, _ in items(images.loader(raw(url), 4))][4:7] == [
+        b"new",
+        PHOTOS["b/01.jpg"][::-1],
+        PHOTOS["b/04.jpg"],
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ listings
@@ -883,12 +930,17 @@ def pages(url):
     """The objects under a prefix as boto3 lists them."""
     bucket, _, prefix = url.partition("/")
     found = storage.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix and f"{prefix}/")
-    return [(item["Key"].removeprefix(f"{prefix}/"), item["Size"], item["ETag"].strip('"'))
-            for page in found for item in page["Contents"]]
+    return [
+        (item["Key"].removeprefix(f"{prefix}/"), item["Size"], item["ETag"].strip('"'))
+        for page in found
+        for item in page["Contents"]
+    ]
 
 
-@pytest.mark.parametrize("url, number", [("many", 3310), ("many/folders", 1100), ("many/o dd", 1110),
-                                         ("many/o dd/few", 5), ("pictures/thousand", 1000)])
+@pytest.mark.parametrize(
+    "url, number",
+    [("many", 3310), ("many/folders", 1100), ("many/o dd", 1110), ("many/o dd/few", 5), ("pictures/thousand", 1000)],
+)
 def test_thousands_of_objects_in_nested_folders_are_listed_as_boto3_lists_them(url, number):
     found = listed(f"s3://{url}")
     assert len(found) == number and found == pages(url)
@@ -945,14 +997,28 @@ def distance(data, size):
     return np.abs(image.permute(1, 2, 0).numpy() - in_full(data, size)).mean()
 
 
-@pytest.mark.parametrize("kind", ["progressive", "grey", "CMYK", "turned by EXIF", "without chroma subsampling",
-                                  "with a thumbnail's worth of other data in front"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "progressive",
+        "grey",
+        "CMYK",
+        "turned by EXIF",
+        "without chroma subsampling",
+        "with a thumbnail's worth of other data in front",
+    ],
+)
 def test_a_large_jpeg_of_any_kind_decoded_to_a_small_size_looks_like_the_whole(kind):
     turned_by = Image.Exif()
     turned_by[0x0112] = 6
-    options = {"progressive": {"progressive": True}, "grey": {"mode": "L"}, "CMYK": {"mode": "CMYK"},
-               "turned by EXIF": {"exif": turned_by}, "without chroma subsampling": {"subsampling": 0},
-               "with a thumbnail's worth of other data in front": {"comment": jpeg(smooth(40, 50))}}[kind]
+    options = {
+        "progressive": {"progressive": True},
+        "grey": {"mode": "L"},
+        "CMYK": {"mode": "CMYK"},
+        "turned by EXIF": {"exif": turned_by},
+        "without chroma subsampling": {"subsampling": 0},
+        "with a thumbnail's worth of other data in front": {"comment": jpeg(smooth(40, 50))},
+    }[kind]
     assert distance(jpeg(smooth(600, 900), **options), 70) < 1.5
     for size in 16, 75, 224, 301, 700:
         assert distance(jpeg(smooth(903, 601), **options), size) < 4

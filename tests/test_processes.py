@@ -21,7 +21,9 @@ from helpers.chapters import processes
 from test_run import SECRET, outputs_of, write
 
 
-TRAIN = ("#parameters\nbatch_size = 64\nplace = ''\nnote = 'none'\nshows_secret = False", """
+TRAIN = (
+    "#parameters\nbatch_size = 64\nplace = ''\nnote = 'none'\nshows_secret = False",
+    """
 import os, socket, torch
 from IPython.display import display
 from torch import nn
@@ -29,7 +31,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from helpers import experiment
 from helpers.training import TrainLoop
 torch.set_num_threads(1)
-run = experiment.Run(f"{place}/runs", note=note)""", """
+run = experiment.Run(f"{place}/runs", note=note)""",
+    """
 torch.manual_seed(0)
 inputs = torch.randn(96, 6)
 data = TensorDataset(inputs, (inputs[:, 0] > inputs[:, 1]).long())
@@ -45,26 +48,37 @@ if shows_secret:
     print(os.environ["AWS_SECRET_ACCESS_KEY"])
 results = {"note": note, "steps": loop.steps, "val_loss": loop.history[-1]["val_loss"]}
 run.finish(results)
-display({"application/json": results, "text/plain": ""}, raw=True)""")
-MEET = ("#parameters\nmeets = 0", """
+display({"application/json": results, "text/plain": ""}, raw=True)""",
+)
+MEET = (
+    "#parameters\nmeets = 0",
+    """
 import os, time
 from pathlib import Path
 rank = os.environ["RANK"]
 if meets:
     from torch import distributed
     distributed.init_process_group("gloo")
-Path(f"begun-{rank}").write_text(str(os.getpid()))""", """
+Path(f"begun-{rank}").write_text(str(os.getpid()))""",
+    """
 if not meets:
     time.sleep(600)
 if rank == "1":
     raise ValueError("no luck today")
-distributed.barrier()  # where process 0 waits for the other one""")
+distributed.barrier()  # where process 0 waits for the other one""",
+)
 
 
 def start(folder, env, *words, prefix=()):
     """`python -m helpers run` with these words."""
-    return subprocess.Popen([*prefix, sys.executable, "-m", "helpers", "run", *map(str, words)], cwd=folder, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-m", "helpers", "run", *map(str, words)],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process, seconds=180):
@@ -100,9 +114,13 @@ def outcome(folder, expected_code, exit_code, stdout, stderr):
     [kept] = (folder / "runs").iterdir()
     rows = list(csv.DictReader((kept / "history.csv").read_text().splitlines()))
     return SimpleNamespace(
-        run=kept, stdout=stdout, executed=folder / "train.ipynb",
-        weights=experiment.load_model(str(folder / "model"))[0], config=experiment.load_model(str(folder / "model"))[1],
-        history=torch.tensor([[float(row[name]) for name in ("epoch", "train_loss", "val_loss")] for row in rows]))
+        run=kept,
+        stdout=stdout,
+        executed=folder / "train.ipynb",
+        weights=experiment.load_model(str(folder / "model"))[0],
+        config=experiment.load_model(str(folder / "model"))[1],
+        history=torch.tensor([[float(row[name]) for name in ("epoch", "train_loss", "val_loss")] for row in rows]),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +137,33 @@ def trained(tmp_path_factory, environment):
     """The same training in two processes, with half the batch."""
     folder = tmp_path_factory.mktemp("trained")
     place = folder / "2"
-    return outcome(place, 1, *finish(start(
-        folder, environment, write(folder, "train.ipynb", *TRAIN), "--processes", 2, "-o", place, "-p", "place", place,
-        "-p", "batch_size", 8, "-p", "note", "so ein Glück", "-p", "shows_secret", True)))
+    return outcome(
+        place,
+        1,
+        *finish(
+            start(
+                folder,
+                environment,
+                write(folder, "train.ipynb", *TRAIN),
+                "--processes",
+                2,
+                "-o",
+                place,
+                "-p",
+                "place",
+                place,
+                "-p",
+                "batch_size",
+                8,
+                "-p",
+                "note",
+                "so ein Glück",
+                "-p",
+                "shows_secret",
+                True,
+            )
+        ),
+    )
 
 
 def same(one, other):
@@ -141,11 +183,23 @@ def test_two_processes_leave_one_run_and_one_notebook_that_of_process_0(trained)
     names = {str(path.relative_to(trained.run)) for path in trained.run.rglob("*") if path.is_file()}
     weights = {name for name in names if name.startswith("model/model-")}
     assert len(weights) == 1 and names - weights == {
-        "hyperparameters.json", "environment.json", "code.py", "history.csv", "model/model.json", "metrics.json",
-        "report.html", "manifest.json"}
+        "hyperparameters.json",
+        "environment.json",
+        "code.py",
+        "history.csv",
+        "model/model.json",
+        "metrics.json",
+        "report.html",
+        "manifest.json",
+    }
     assert f"rank 0 of 2 on {os.uname().nodename}" in outputs_of(trained.executed)
     assert {path.name for path in trained.run.parent.parent.iterdir()} == {
-        "train.ipynb", "train.html", "index.html", "model", "runs"}
+        "train.ipynb",
+        "train.html",
+        "index.html",
+        "model",
+        "runs",
+    }
 
 
 def test_parameters_and_results_arrive_and_a_printed_secret_is_not_kept(trained):
@@ -192,10 +246,29 @@ def test_two_hosts_come_to_what_one_process_comes_to(tmp_path, alone, environmen
     env = {name: value for name, value in environment.items() if not name.startswith("AWS_")}
     env |= {"GLOO_SOCKET_IFNAME": "cable", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
     rendezvous = f"{first}:{free_port()}"
-    nodes = [start(tmp_path, env, notebook, "--nodes", 2, "--node-rank", rank, "--rendezvous", rendezvous, "-o", place,
-                   "-p", "place", place, "-p", "batch_size", 8,
-                   prefix=["ip", "netns", "exec", name])
-             for rank, name in enumerate(names)]
+    nodes = [
+        start(
+            tmp_path,
+            env,
+            notebook,
+            "--nodes",
+            2,
+            "--node-rank",
+            rank,
+            "--rendezvous",
+            rendezvous,
+            "-o",
+            place,
+            "-p",
+            "place",
+            place,
+            "-p",
+            "batch_size",
+            8,
+            prefix=["ip", "netns", "exec", name],
+        )
+        for rank, name in enumerate(names)
+    ]
     try:
         said = [finish(node) for node in nodes]
     finally:
@@ -214,8 +287,10 @@ class Broken:
     """Two processes in the middle of a notebook; with all that belongs to them, and what they said in the end."""
 
     def __init__(self, folder, environment):
-        self.folder, self.process = folder, start(folder, environment, write(folder, "meet.ipynb", *MEET),
-                                                  "--processes", 2, "-o", "out")
+        self.folder, self.process = (
+            folder,
+            start(folder, environment, write(folder, "meet.ipynb", *MEET), "--processes", 2, "-o", "out"),
+        )
 
     def begin(self):
         deadline = time.monotonic() + 60
@@ -243,11 +318,18 @@ def broken(tmp_path, environment):
 
 def test_error_in_one_process_is_told_once_with_its_number_and_not_what_it_did_to_the_other(tmp_path, environment):
     notebook = write(tmp_path, "meet.ipynb", *MEET)
-    code, printed, stderr = finish(start(tmp_path, environment, notebook, "--processes", 2, "-o", "out", "-p", "meets", 1))
+    code, printed, stderr = finish(
+        start(tmp_path, environment, notebook, "--processes", 2, "-o", "out", "-p", "meets", 1)
+    )
     assert code == 1
     assert stderr == "" and printed.count("FAILED meet.ipynb, process 1: In [4]: ValueError: no luck today\n") == 1
-    assert not left([psutil.Process(number) for path in tmp_path.glob("begun-*")
-                     if psutil.pid_exists(number := int(path.read_text()))])
+    assert not left(
+        [
+            psutil.Process(number)
+            for path in tmp_path.glob("begun-*")
+            if psutil.pid_exists(number := int(path.read_text()))
+        ]
+    )
 
 
 def test_killed_process_is_told_with_its_number_and_takes_its_kernel_along(broken):
@@ -269,11 +351,15 @@ def test_signal_to_the_launcher_ends_all_of_it(broken, number):
     assert "interrupted meet.ipynb" in broken.stdout and (broken.folder / "out/index.html").exists()
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (("--processes", "-1"), "--processes is 0 or more, not -1"),
-    (("--nodes", "2"), "several nodes take"),
-    (("--nodes", "2", "--node-rank", "2", "--rendezvous", "10.0.0.1:29500"), "several nodes take"),
-    (("-p", "nobody", "1"), "error: no parameter nobody in these notebooks; there are: meets\n")])
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (("--processes", "-1"), "--processes is 0 or more, not -1"),
+        (("--nodes", "2"), "several nodes take"),
+        (("--nodes", "2", "--node-rank", "2", "--rendezvous", "10.0.0.1:29500"), "several nodes take"),
+        (("-p", "nobody", "1"), "error: no parameter nobody in these notebooks; there are: meets\n"),
+    ],
+)
 def test_wrong_words_are_told_in_a_sentence_and_start_nothing(words, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(storage, "connect", lambda: None)

@@ -30,13 +30,35 @@ from executed import BY_NUMBER, execute, try_to_run
 from helpers import callbacks, experiment, storage, training
 from helpers.callbacks import ClipGradients, LearningRate, SaveHistory
 from helpers.chapters import evaluation, recipes
-from helpers.chapters.recipes import (ConstantPrediction, DryRun, GradientStatistics, KeepBest, Notify, StartFrom,
-                                      TensorBoard, TerminateOnNaN, Track)
+from helpers.chapters.recipes import (
+    ConstantPrediction,
+    DryRun,
+    GradientStatistics,
+    KeepBest,
+    Notify,
+    StartFrom,
+    TensorBoard,
+    TerminateOnNaN,
+    Track,
+)
 from helpers.training import Callback, TrainLoop
 from servers import free_port, moto
 from servers.embedded import connected
-from test_callbacks import (LAST, Call, at, batches, cancel, fail, logged, make_loop, picture, raises, rows_of, same,
-                            script)
+from test_callbacks import (
+    LAST,
+    Call,
+    at,
+    batches,
+    cancel,
+    fail,
+    logged,
+    make_loop,
+    picture,
+    raises,
+    rows_of,
+    same,
+    script,
+)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Requiring AUTH")]  # of aiosmtpd
 
@@ -75,8 +97,11 @@ def test_statistics_of_gradients_are_those_of_the_gradients_before_they_are_clip
     kept = []
 
     def keep(loop):
-        kept.extend((loop.epoch, loop.steps, name, weight.grad.numpy().copy())
-                    for name, weight in loop.model.named_parameters() if weight.grad is not None)
+        kept.extend(
+            (loop.epoch, loop.steps, name, weight.grad.numpy().copy())
+            for name, weight in loop.model.named_parameters()
+            if weight.grad is not None
+        )
 
     given = ClipGradients(value=1e-4), GradientStatistics(run, every=3), Call(after_backward=keep, order=-99)
     make_loop().fit(2, given)
@@ -85,8 +110,13 @@ def test_statistics_of_gradients_are_those_of_the_gradients_before_they_are_clip
     assert len(rows) == len(expected) == 4 * 4  # steps 0, 3, 6, 9; the two weights of `spare` have no gradient
     for row, (epoch, step, name, grad) in zip(rows, expected):
         assert (row["epoch"], row["step"], row["weight"]) == (str(epoch), str(step), name)
-        values = {"norm": np.sqrt((grad ** 2).sum()), "mean": grad.mean(), "std": grad.std(), "max": abs(grad).max(),
-                  **{f"quantile_{q}": np.quantile(abs(grad), q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}}
+        values = {
+            "norm": np.sqrt((grad**2).sum()),
+            "mean": grad.mean(),
+            "std": grad.std(),
+            "max": abs(grad).max(),
+            **{f"quantile_{q}": np.quantile(abs(grad), q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)},
+        }
         assert {name: float(row[name]) for name in values} == pytest.approx(values, rel=1e-4, abs=1e-7)
     width, height = picture(run, "gradients")
     assert width > 500 and height > 100
@@ -128,8 +158,16 @@ def test_a_loss_that_is_no_number_ends_training_within_the_epoch(monkeypatch, va
     assert loop.steps == 7 and len(loop.history) == 1
 
 
-@pytest.mark.parametrize("outputs, expected", [
-    ([[3., 1, 1], [2, 1, 0]], 1), ([[3., 1, 1], [1, 3, 1]], 2), ([[-2.], [-3]], 1), ([[-2.], [3]], 2), ([2., 3], 1)])
+@pytest.mark.parametrize(
+    "outputs, expected",
+    [
+        ([[3.0, 1, 1], [2, 1, 0]], 1),
+        ([[3.0, 1, 1], [1, 3, 1]], 2),
+        ([[-2.0], [-3]], 1),
+        ([[-2.0], [3]], 2),
+        ([2.0, 3], 1),
+    ],
+)
 def test_a_model_that_predicts_one_class_only_is_warned_of(outputs, expected):
     class Fixed(nn.Linear):
         def get_loss(self, batch, criterion):
@@ -156,8 +194,11 @@ def test_a_model_that_predicts_one_class_only_is_warned_of(outputs, expected):
 def test_tensorboard_reads_the_history_from_the_log(place, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "REFRESH", -1)
     copied, loop, losses = [], make_loop(), []
-    watching = Call(after_epoch=lambda loop: copied.append(storage.list_files(url)), order=LAST,
-                    after_step=lambda loop: losses.append(loop.mean_loss))
+    watching = Call(
+        after_epoch=lambda loop: copied.append(storage.list_files(url)),
+        order=LAST,
+        after_step=lambda loop: losses.append(loop.mean_loss),
+    )
     with connected(storage.serve(tmp_path / "served")):
         storage.create_bucket("logs")
         url = "s3://logs/tensorboard" if place == "s3" else str(tmp_path / "tensorboard")
@@ -169,8 +210,12 @@ def test_tensorboard_reads_the_history_from_the_log(place, tmp_path, monkeypatch
     (tmp_path / "read" / name).write_bytes(data)
     found = logged(tmp_path / "read")
     assert [value for _, value in found.pop("running/loss")] == pytest.approx(losses)
-    tags = {"train/loss": "train_loss", "val/loss": "val_loss", "learning_rate": "learning_rate",
-            "train/samples_per_second": "train_samples_per_second"}
+    tags = {
+        "train/loss": "train_loss",
+        "val/loss": "val_loss",
+        "learning_rate": "learning_rate",
+        "train/samples_per_second": "train_samples_per_second",
+    }
     assert found.keys() == tags.keys()
     for tag, column in tags.items():
         assert found[tag] == [(row["epoch"], pytest.approx(row[column])) for row in loop.history]
@@ -225,8 +270,11 @@ def certified(tmp_path, monkeypatch):
 @pytest.mark.parametrize("login", [False, True])
 @pytest.mark.parametrize("safety", ["plain", "starttls", "smtps"])
 def test_a_mail_tells_how_training_ended(safety, login, certified, monkeypatch):
-    options = {"plain": {}, "starttls": {"tls_context": certified, "require_starttls": True},
-               "smtps": {"ssl_context": certified}}[safety]
+    options = {
+        "plain": {},
+        "starttls": {"tls_context": certified, "require_starttls": True},
+        "smtps": {"ssl_context": certified},
+    }[safety]
     user = f"{quote('ann@x.org')}:{quote(PASSWORD, safe='')}@" if login else ""
     with mail_server(login, **options) as (port, mails):
         monkeypatch.setenv("SMTP_URL", f"{'smtps' if safety == 'smtps' else 'smtp'}://{user}127.0.0.1:{port}")
@@ -236,8 +284,13 @@ def test_a_mail_tells_how_training_ended(safety, login, certified, monkeypatch):
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items())
     assert mails == [
         ("lab@x.org", "ann@x.org", "Run: leaves ended after 10 steps", f"Run: leaves ended after 10 steps: {numbers}"),
-        ("ann@x.org", "ann@x.org", "Training failed after 3 steps",
-         "Training failed after 3 steps: ZeroDivisionError: on purpose")]
+        (
+            "ann@x.org",
+            "ann@x.org",
+            "Training failed after 3 steps",
+            "Training failed after 3 steps: ZeroDivisionError: on purpose",
+        ),
+    ]
 
 
 def test_a_mail_goes_through_amazon_ses_without_an_smtp_url(tmp_path, monkeypatch):
@@ -287,16 +340,20 @@ def test_a_webhook_tells_how_training_ended():
     assert posted[1][2] == "Leaves failed after 0 steps: ZeroDivisionError: on purpose"
 
 
-@pytest.mark.parametrize("to, smtp_url, reason", [
-    ("http://127.0.0.1:CLOSED/hook/hidden twice", "", "InvalidURL"),
-    ("http://127.0.0.1:hidden/hook", "", "InvalidURL"),
-    ("404 Not Found", "", "HTTPError: HTTP Error 404: Not Found"),
-    ("garbage", "", "BadStatusLine"),
-    ("ann@x.org", "smtp://ann:hidden@127.0.0.1:CLOSED", "Connection refused"),
-    ("ann@x.org", "smtp://ann:hidden/1@127.0.0.1:1", "ValueError"),
-    ("ann@x.org", "smtp://ann:hidden@127.0.0.1:{port}", "SMTPAuthenticationError"),
-    ("ann@x.org", "smtp://ann:hidden-ü@127.0.0.1:{port}", "UnicodeEncodeError"),
-    ("ann@x.org", "smtps://ann:hidden@127.0.0.1:{port}", "SSLError")])
+@pytest.mark.parametrize(
+    "to, smtp_url, reason",
+    [
+        ("http://127.0.0.1:CLOSED/hook/hidden twice", "", "InvalidURL"),
+        ("http://127.0.0.1:hidden/hook", "", "InvalidURL"),
+        ("404 Not Found", "", "HTTPError: HTTP Error 404: Not Found"),
+        ("garbage", "", "BadStatusLine"),
+        ("ann@x.org", "smtp://ann:hidden@127.0.0.1:CLOSED", "Connection refused"),
+        ("ann@x.org", "smtp://ann:hidden/1@127.0.0.1:1", "ValueError"),
+        ("ann@x.org", "smtp://ann:hidden@127.0.0.1:{port}", "SMTPAuthenticationError"),
+        ("ann@x.org", "smtp://ann:hidden-ü@127.0.0.1:{port}", "UnicodeEncodeError"),
+        ("ann@x.org", "smtps://ann:hidden@127.0.0.1:{port}", "SSLError"),
+    ],
+)
 def test_a_notice_that_cannot_be_sent_is_a_warning_that_tells_no_secret(to, smtp_url, reason, monkeypatch):
     answer = b"HTTP/1.0 404 Not Found\r\n\r\n" if to[0] == "4" else b"nonsense\r\n\r\n"
     with mail_server(login=True) as (port, mails), web_server(answer) as (url, _):
@@ -322,8 +379,13 @@ def test_no_password_is_sent_to_a_server_with_a_certificate_of_nobody_known(cert
 
 
 def test_no_password_is_sent_without_tls_except_on_this_machine(certified, monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, known=socket.getaddrinfo, **options: known(
-        "127.0.0.1" if host == "mail.test" else host, *rest, **options))
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *rest, known=socket.getaddrinfo, **options: known(
+            "127.0.0.1" if host == "mail.test" else host, *rest, **options
+        ),
+    )
     logins = []
 
     def check(server, session, envelope, mechanism, data):
@@ -395,8 +457,10 @@ def test_trackio_itself_keeps_the_history(tmp_path, monkeypatch):
     assert [row["val_loss"] for row in rows if "val_loss" in row] == [row["val_loss"] for row in loop.history]
 
 
-@pytest.mark.parametrize("monitor, values, expected", [
-    ("val_loss", [5, 3, math.nan, 2, 4], [2, 4]), ("val_accuracy", [0.5, 0.9, 0.1, 0.2, 0.8], [2, 5])])
+@pytest.mark.parametrize(
+    "monitor, values, expected",
+    [("val_loss", [5, 3, math.nan, 2, 4], [2, 4]), ("val_accuracy", [0.5, 0.9, 0.1, 0.2, 0.8], [2, 5])],
+)
 def test_the_states_after_the_best_epochs_are_kept_and_no_others(monitor, values, expected, tmp_path):
     make_loop().fit(5, [script(monitor, values), KeepBest(tmp_path, monitor, keep=2)])
     assert sorted(storage.list_files(tmp_path)) == [f"epoch_{epoch:05d}.safetensors" for epoch in expected]
@@ -454,10 +518,17 @@ def test_08_shows_that_loops_agree_and_that_a_killed_training_resumes_exactly(em
 def test_every_callback_and_every_metric_package_is_shown_in_08():
     cells = nbformat.read(BY_NUMBER["08"], as_version=4).cells
     shown = "\n".join(cell.source for cell in cells if cell.cell_type == "code" and "#| export" not in cell.source)
-    given = [value for module in (callbacks, recipes, evaluation) for value in vars(module).values()
-             if getattr(value, "__module__", "") == module.__name__]
+    given = [
+        value
+        for module in (callbacks, recipes, evaluation)
+        for value in vars(module).values()
+        if getattr(value, "__module__", "") == module.__name__
+    ]
     shipped = [value.__name__ for value in given if inspect.isclass(value) and issubclass(value, Callback)]
-    packages = [value.__name__ for value in vars(evaluation).values()
-                if inspect.isfunction(value) and value in given and not value.__name__.startswith("_")]
+    packages = [
+        value.__name__
+        for value in vars(evaluation).values()
+        if inspect.isfunction(value) and value in given and not value.__name__.startswith("_")
+    ]
     assert len(shipped) >= 14 and len(packages) >= 9
     assert not [name for name in shipped + packages if not re.search(rf"\b{name}\(", shown)]

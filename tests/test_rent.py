@@ -27,16 +27,18 @@ from helpers import run, storage
 from helpers.chapters import rent
 from test_run import outputs_of, write
 
-SECRET = "wJalrXUtnFEMIK7MDENG" "bPxRfiCYEXAMPLEKEY"  # in two pieces: no tracked file may show a secret that is set
-TOKEN = "a-token-of" "-12-or-more"
+SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"  # in two pieces: no tracked file may show a secret that is set
+TOKEN = "a-token-of-12-or-more"
 bundle_source = rent.bundle_source  # packed once for all machines of the tests
 
 
 def test_unknown_notebook_is_told_in_a_sentence_and_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["submit", "99", "--image-id", "ami-1", "--instance-type", "t3.micro"]
-    for profile, said in (([], "required: --instance-profile"),
-                          (["--instance-profile", "x"], "error: no notebook 99; there are: none in")):
+    for profile, said in (
+        ([], "required: --instance-profile"),
+        (["--instance-profile", "x"], "error: no notebook 99; there are: none in"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             rent.main([*words, *profile])
         assert stopped.value.code == 2 and said in capsys.readouterr().err
@@ -54,10 +56,21 @@ def account(moto_env, tmp_path_factory):
         ec2.create_key_pair(KeyName=name)
         group = ec2.create_security_group(GroupName=name, Description="for the tests")["GroupId"]
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]
-        words = {"--image-id": image["ImageId"], "--instance-type": "g4dn.xlarge", "--instance-profile": name,
-                 "--key-name": name, "--security-group": group}
-        yield SimpleNamespace(ec2=ec2, name=name, image=image, group=group, words=words,
-                              notebook=write(tmp_path_factory.mktemp("account"), "show.ipynb", *SHOW))
+        words = {
+            "--image-id": image["ImageId"],
+            "--instance-type": "g4dn.xlarge",
+            "--instance-profile": name,
+            "--key-name": name,
+            "--security-group": group,
+        }
+        yield SimpleNamespace(
+            ec2=ec2,
+            name=name,
+            image=image,
+            group=group,
+            words=words,
+            notebook=write(tmp_path_factory.mktemp("account"), "show.ipynb", *SHOW),
+        )
 
 
 @pytest.fixture
@@ -67,7 +80,9 @@ def rented(account):
     return SimpleNamespace(**{**vars(account), "bucket": bucket, "words": account.words | {"--bucket": bucket}})
 
 
-SHOW = ("#parameters\ntext = ''\nmode = 'works'\nnote = ''", """
+SHOW = (
+    "#parameters\ntext = ''\nmode = 'works'\nnote = ''",
+    """
 import os, time
 from pathlib import Path
 from IPython.display import display
@@ -75,8 +90,10 @@ print("the kernel has begun")
 if note:
     Path(note).write_text(str(os.getpid()))
 if mode == "hangs":
-    time.sleep(600)""", """
-display({"application/json": {"text": text}}, raw=True)""")
+    time.sleep(600)""",
+    """
+display({"application/json": {"text": text}}, raw=True)""",
+)
 
 
 def command_line(rented, *words, **changed):
@@ -130,17 +147,27 @@ def test_ec2_is_asked_for_a_machine_as_told_tagged_without_a_key_and_ending_when
     script, tags = script_of(rented, instance), given.pop("TagSpecifications")
     del given["UserData"], given["ClientToken"]
     assert given == {
-        "ImageId": rented.image["ImageId"], "InstanceType": "g4dn.xlarge", "MinCount": 1, "MaxCount": 1,
-        "KeyName": rented.name, "SecurityGroupIds": [rented.group], "IamInstanceProfile": {"Name": rented.name},
+        "ImageId": rented.image["ImageId"],
+        "InstanceType": "g4dn.xlarge",
+        "MinCount": 1,
+        "MaxCount": 1,
+        "KeyName": rented.name,
+        "SecurityGroupIds": [rented.group],
+        "IamInstanceProfile": {"Name": rented.name},
         "InstanceMarketOptions": {"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}},
-        "InstanceInitiatedShutdownBehavior": "terminate", "MetadataOptions": {"HttpTokens": "required"},
-        "BlockDeviceMappings": [{"DeviceName": rented.image["RootDeviceName"],
-                                 "Ebs": {"VolumeSize": 77, "DeleteOnTermination": True}}]}
+        "InstanceInitiatedShutdownBehavior": "terminate",
+        "MetadataOptions": {"HttpTokens": "required"},
+        "BlockDeviceMappings": [
+            {"DeviceName": rented.image["RootDeviceName"], "Ebs": {"VolumeSize": 77, "DeleteOnTermination": True}}
+        ],
+    }
     job = rent.status(instance)[0]["job"]
     assert job.startswith(f"s3://{rented.bucket}/jobs/show/20")
     wanted = {"Name": "show", "Project": rent.PROJECT, "Job": job}
-    assert tags == [{"ResourceType": kind, "Tags": [{"Key": key, "Value": value} for key, value in wanted.items()]}
-                    for kind in ("instance", "volume")]
+    assert tags == [
+        {"ResourceType": kind, "Tags": [{"Key": key, "Value": value} for key, value in wanted.items()]}
+        for kind in ("instance", "volume")
+    ]
     assert script.startswith("#!/bin/bash\n") and len(script.encode()) < 16_000
     for name in "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID":
         assert os.environ[name] not in script and name not in script
@@ -162,16 +189,28 @@ def test_script_names_amazons_s3_where_no_address_is_set(monkeypatch):
     assert "export AWS_REGION=eu-central-1\n" in script and "MAX_SECONDS=3600\n" in script
 
 
-MISSING = {"image_id": "ami-00000000000000000", "instance_profile": "nobody", "key_name": "nobody",
-           "security_group": "sg-00000000000000000"}
+MISSING = {
+    "image_id": "ami-00000000000000000",
+    "instance_profile": "nobody",
+    "key_name": "nobody",
+    "security_group": "sg-00000000000000000",
+}
 
 
-@pytest.mark.parametrize("words, changed, said", [
-    ([], {"key_name": "nobody"}, "error: there is no key pair nobody in us-east-1: "),
-    ([], MISSING, "error: there is no image ami-00000000000000000, no instance profile nobody, no key pair nobody, no "
-                  "security group sg-00000000000000000 in us-east-1: "),
-    (["-p", "nobody", "1"], {}, "error: no parameter nobody in these notebooks; there are: mode, note, text"),
-    (["-p", "text", f"key={SECRET}"], {}, "show AWS_SECRET_ACCESS_KEY: remove it")])
+@pytest.mark.parametrize(
+    "words, changed, said",
+    [
+        ([], {"key_name": "nobody"}, "error: there is no key pair nobody in us-east-1: "),
+        (
+            [],
+            MISSING,
+            "error: there is no image ami-00000000000000000, no instance profile nobody, no key pair nobody, no "
+            "security group sg-00000000000000000 in us-east-1: ",
+        ),
+        (["-p", "nobody", "1"], {}, "error: no parameter nobody in these notebooks; there are: mode, note, text"),
+        (["-p", "text", f"key={SECRET}"], {}, "show AWS_SECRET_ACCESS_KEY: remove it"),
+    ],
+)
 def test_what_cannot_work_is_told_and_nothing_is_started_or_stored(rented, capsys, words, changed, said):
     before = count(rented)
     code, line = submit(rented, capsys, *words, **changed)
@@ -188,8 +227,11 @@ def test_an_s3_that_is_no_ec2_is_told_in_a_sentence(rented, capsys, tmp_path):
 def test_s3_on_this_machine_is_no_place_for_a_machine_elsewhere(rented, capsys, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_EC2", "https://ec2.us-east-1.amazonaws.com")
     send, asked = botocore.httpsession.URLLib3Session.send, []
-    monkeypatch.setattr(botocore.httpsession.URLLib3Session, "send",
-                        lambda self, request: asked.append(request.url) or send(self, request))
+    monkeypatch.setattr(
+        botocore.httpsession.URLLib3Session,
+        "send",
+        lambda self, request: asked.append(request.url) or send(self, request),
+    )
     before = count(rented)
     asked.clear()
     code, said = submit(rented, capsys)
@@ -250,7 +292,10 @@ def test_machine_ends_after_its_time_and_when_it_boots_again_whatever_the_script
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UNITS": str(tmp_path), "TMPDIR": str(tmp_path)}
     subprocess.run(["bash", "-c", first], env=environment, check=True, timeout=20)
     assert (tmp_path / "said").read_text().splitlines() == [
-        "systemctl enable end-this-machine", "systemd-run --on-active=7800 shutdown -h now", "shutdown -h now"]
+        "systemctl enable end-this-machine",
+        "systemd-run --on-active=7800 shutdown -h now",
+        "shutdown -h now",
+    ]
     subprocess.run(["systemd-analyze", "verify", tmp_path / "end-this-machine.service"], check=True, timeout=20)
 
 
@@ -325,13 +370,16 @@ def boot(rented, folder, *words, max_hours=1, project='exec {python} "$@"'):
         assert rent.main(command_line(rented, *words, max_hours=max_hours)) == 0
     instance = said.getvalue().split()[-1]
     script, [row], fakes, venv = script_of(rented, instance), rent.status(instance), folder / "fakes", folder / "venv"
-    commands = {fakes / "systemctl": "", fakes / "systemd-run": "",
-                fakes / "shutdown": f'echo "$*" >> {folder}/shutdown',
-                fakes / "made/bin/pip": f'echo "$*" >> {folder}/pip',
-                fakes / "made/bin/python": f'exec {sys.executable} "$@"',
-                fakes / "python3": f'[ "$*" = "-m venv bootstrap" ] && exec cp -r {fakes}/made bootstrap\n'
-                                   f'exec {Path(sys.executable).resolve()} "$@"',
-                venv / "bin/python": project.replace("{python}", sys.executable)}
+    commands = {
+        fakes / "systemctl": "",
+        fakes / "systemd-run": "",
+        fakes / "shutdown": f'echo "$*" >> {folder}/shutdown',
+        fakes / "made/bin/pip": f'echo "$*" >> {folder}/pip',
+        fakes / "made/bin/python": f'exec {sys.executable} "$@"',
+        fakes / "python3": f'[ "$*" = "-m venv bootstrap" ] && exec cp -r {fakes}/made bootstrap\n'
+        f'exec {Path(sys.executable).resolve()} "$@"',
+        venv / "bin/python": project.replace("{python}", sys.executable),
+    }
     for path, text in commands.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/bin/bash\n{text}\n")
@@ -339,11 +387,20 @@ def boot(rented, folder, *words, max_hours=1, project='exec {python} "$@"'):
     (folder / "script").write_text(script)
     (venv / "installed").touch()
     (folder / "tmp").mkdir()
-    kept = {name: value for name, value in os.environ.items()
-            if name.startswith("AWS_CA") or name.endswith("KEY_ID") or name.endswith("ACCESS_KEY")}
-    env = {**kept, "PATH": f"{fakes}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "UPLOAD_EVERY": "2",
-           "VENV": str(venv), "UNITS": str(folder), "TMPDIR": str(folder / "tmp"),
-           **({} if os.geteuid() == 0 else {"HOME": str(folder)})}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("AWS_CA") or name.endswith("KEY_ID") or name.endswith("ACCESS_KEY")
+    }
+    env = {
+        **kept,
+        "PATH": f"{fakes}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "UPLOAD_EVERY": "2",
+        "VENV": str(venv),
+        "UNITS": str(folder),
+        "TMPDIR": str(folder / "tmp"),
+        **({} if os.geteuid() == 0 else {"HOME": str(folder)}),
+    }
     with open(folder / "console", "wb") as console:
         process = subprocess.Popen(["bash", folder / "script"], env=env, stdout=console, stderr=console, cwd="/")
     return SimpleNamespace(process=process, folder=folder, instance=instance, job=row["job"])
@@ -384,7 +441,9 @@ def machines(account, tmp_path_factory):
             started[mode] = boot(rented, pid.parent, *words, max_hours=hours, **fails)
             if mode == "works":
                 look(started[mode])
-            hours = (2 * (time.monotonic() - began) + 5) / 3600 if mode == "works" else 1  # enough for the next to begin
+            hours = (
+                (2 * (time.monotonic() - began) + 5) / 3600 if mode == "works" else 1
+            )  # enough for the next to begin
         for mode in "fails", "hangs":
             look(started[mode])
         yield started

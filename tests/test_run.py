@@ -22,7 +22,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from helpers import run, storage
 
-SECRET = "wJalr/XUtnFEMI+K7MDENG\\bPxRfiCY\"EXAMPLE"  # with characters that JSON and addresses write differently
+SECRET = 'wJalr/XUtnFEMI+K7MDENG\\bPxRfiCY"EXAMPLE'  # with characters that JSON and addresses write differently
 SHOW = "from IPython.display import JSON, Image, display\n"
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 METADATA = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -56,14 +56,24 @@ def environment():
     """What a user has set who has an S3."""
     with ThreadingHTTPServer(("127.0.0.1", 0), EmptyS3) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_REGION": "us-east-1",
-                            "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": SECRET}
+        yield os.environ | {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "me",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+        }
         server.shutdown()
 
 
 def command(folder: Path, environment: dict, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "helpers", "run", *arguments], cwd=folder, env=environment,
-                          capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "helpers", "run", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,23 +81,44 @@ def finished(tmp_path_factory, environment):
     """One run of five notebooks, on a machine where Jupyter knows another kernel by the name of python3."""
     folder = tmp_path_factory.mktemp("run")
     notebooks = folder / "notebooks"
-    write(notebooks, "01_good.ipynb", "# A *good* <one> & `more`", "#parameters\nepochs = 1  # passes\nname = 'a'",
-          "import os, sys\nprint(os.getcwd(), sys.executable, os.environ['AWS_ENDPOINT_URL'], sep='\\n')",
-          SHOW + f"import base64\npixel = base64.b64decode('{PIXEL}')",
-          "for end in (b'first', b'middle', b'final'):\n    display(Image(data=pixel + end))",
-          "display(JSON({'not': 'the last'}))",
-          "results = {'epochs': epochs, 'val_loss': 0.123456, 'model_bytes': 3054499, 'loop_seconds': 65.0}",
-          "display(JSON(results | {'kind': type(epochs).__name__, 'tag': '<i>', 'model': 's3://a/b',\n"
-          "                         'rows': [{'name': '<i>', 'model_bytes': 3054499}, {'name': 'b', 'model_bytes': 10}]}))",
-          "print('the end')")
-    write(notebooks, "02_fails.ipynb", "# Fails", "#parameters\nepochs = 1", "x = 1\n'<u>'\n" + "x += 1\n" * 9 +
-          "raise ValueError('\\x1b[31m<b>red</b>\\x1b[0m\\nand more')", "print('not reached')")
+    write(
+        notebooks,
+        "01_good.ipynb",
+        "# A *good* <one> & `more`",
+        "#parameters\nepochs = 1  # passes\nname = 'a'",
+        "import os, sys\nprint(os.getcwd(), sys.executable, os.environ['AWS_ENDPOINT_URL'], sep='\\n')",
+        SHOW + f"import base64\npixel = base64.b64decode('{PIXEL}')",
+        "for end in (b'first', b'middle', b'final'):\n    display(Image(data=pixel + end))",
+        "display(JSON({'not': 'the last'}))",
+        "results = {'epochs': epochs, 'val_loss': 0.123456, 'model_bytes': 3054499, 'loop_seconds': 65.0}",
+        "display(JSON(results | {'kind': type(epochs).__name__, 'tag': '<i>', 'model': 's3://a/b',\n"
+        "                         'rows': [{'name': '<i>', 'model_bytes': 3054499}, {'name': 'b', 'model_bytes': 10}]}))",
+        "print('the end')",
+    )
+    write(
+        notebooks,
+        "02_fails.ipynb",
+        "# Fails",
+        "#parameters\nepochs = 1",
+        "x = 1\n'<u>'\n" + "x += 1\n" * 9 + "raise ValueError('\\x1b[31m<b>red</b>\\x1b[0m\\nand more')",
+        "print('not reached')",
+    )
     write(notebooks, "03_dies.ipynb", "# Dies", "import os, signal", "os.kill(os.getpid(), signal.SIGKILL)")
-    write(notebooks, "04_leaks.ipynb", "# Leaks",
-          "import os\nsecret = os.environ['AWS_SECRET_ACCESS_KEY']\nprint(secret)", "secret",
-          "from urllib.parse import quote\nprint('http://host/?x=' + quote(secret, safe=''))\nraise KeyError(secret)")
-    write(notebooks, "05_after.ipynb", "# After", "print('ran')",
-          "# It:\n\n## A *part* of it\n\n$$\\frac{1}{2}$$\n\n[first](01_good.ipynb) [the source](../helpers/x.py)")
+    write(
+        notebooks,
+        "04_leaks.ipynb",
+        "# Leaks",
+        "import os\nsecret = os.environ['AWS_SECRET_ACCESS_KEY']\nprint(secret)",
+        "secret",
+        "from urllib.parse import quote\nprint('http://host/?x=' + quote(secret, safe=''))\nraise KeyError(secret)",
+    )
+    write(
+        notebooks,
+        "05_after.ipynb",
+        "# After",
+        "print('ran')",
+        "# It:\n\n## A *part* of it\n\n$$\\frac{1}{2}$$\n\n[first](01_good.ipynb) [the source](../helpers/x.py)",
+    )
     other = folder / "other" / "kernels" / "python3"
     other.mkdir(parents=True)
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Other", "language": "python"}
@@ -96,8 +127,9 @@ def finished(tmp_path_factory, environment):
     output = (folder / "runs" / "latest").resolve()
     page = BeautifulSoup((output / "index.html").read_text(encoding="utf-8"), "html.parser")
     cards = {card.select_one(".file").get_text().split()[0]: card for card in page.select("article")}
-    return SimpleNamespace(process=process, folder=folder, output=output, page=page, cards=cards,
-                           endpoint=environment["AWS_ENDPOINT_URL"])
+    return SimpleNamespace(
+        process=process, folder=folder, output=output, page=page, cards=cards, endpoint=environment["AWS_ENDPOINT_URL"]
+    )
 
 
 def lines(finished, start):
@@ -107,8 +139,12 @@ def lines(finished, start):
 def test_goes_on_after_a_failure_and_says_what_failed_where(finished):
     assert finished.process.returncode == 1, finished.process.stderr
     assert [line.split(",")[0] for line in lines(finished, ("ok", "FAILED"))] == [
-        "ok     01_good.ipynb", "FAILED 02_fails.ipynb", "FAILED 03_dies.ipynb", "FAILED 04_leaks.ipynb",
-        "ok     05_after.ipynb"]
+        "ok     01_good.ipynb",
+        "FAILED 02_fails.ipynb",
+        "FAILED 03_dies.ipynb",
+        "FAILED 04_leaks.ipynb",
+        "ok     05_after.ipynb",
+    ]
     assert len(lines(finished, "2 of 5 notebooks succeeded, in ")) == 1
     assert lines(finished, "Results: ") == [f"Results: {os.path.join('runs', finished.output.name, 'index.html')}"]
     assert "KernelApp" not in finished.process.stderr and "cells," not in finished.process.stderr  # no chatter, no bar
@@ -119,14 +155,14 @@ def test_goes_on_after_a_failure_and_says_what_failed_where(finished):
     assert error in card.select_one(".error").get_text() and not card.select("b, u")
     assert card.select_one("pre").get_text().startswith("x = 1\n'<u>'")
     assert "not reached" not in outputs_of(finished.output / "02_fails.ipynb")
-    line, = lines(finished, "FAILED 03_dies")
+    (line,) = lines(finished, "FAILED 03_dies")
     assert line.startswith(("FAILED 03_dies.ipynb, In [2]", "FAILED 03_dies.ipynb, In [*]"))
     assert "DeadKernelError: Kernel died" in line
     assert "os.kill" in finished.cards["03_dies.ipynb"].select_one("pre").get_text()
 
 
 def test_secrets_are_caught(finished):
-    line, = lines(finished, "FAILED 04_leaks")
+    (line,) = lines(finished, "FAILED 04_leaks")
     assert "showed AWS_SECRET_ACCESS_KEY, replaced by ***; In [3]: KeyError" in line
     for file in finished.output.iterdir():
         text = file.read_text(encoding="utf-8")
@@ -151,17 +187,27 @@ def test_kernel_is_ours_in_the_notebooks_folder_with_our_s3_and_the_parameters_t
     folder, python, endpoint = outputs_of(finished.output / "01_good.ipynb").splitlines()[:3]
     assert Path(folder) == (finished.folder / "notebooks").resolve()
     assert (python, endpoint) == (sys.executable, finished.endpoint)
-    injected = [cell.source for name in ("01_good", "02_fails", "05_after")
-                for cell in nbformat.read(finished.output / f"{name}.ipynb", as_version=4).cells
-                if "injected-parameters" in cell.metadata.get("tags", [])]
+    injected = [
+        cell.source
+        for name in ("01_good", "02_fails", "05_after")
+        for cell in nbformat.read(finished.output / f"{name}.ipynb", as_version=4).cells
+        if "injected-parameters" in cell.metadata.get("tags", [])
+    ]
     assert injected == ["# Parameters\nepochs = 3\n"] * 2
 
 
 def test_results_are_those_of_the_last_cell_that_shows_json(finished):
     path = finished.output / "01_good.ipynb"
-    expected = {"epochs": 3, "val_loss": 0.123456, "model_bytes": 3054499, "loop_seconds": 65.0, "kind": "int",
-                "tag": "<i>", "model": "s3://a/b",
-                "rows": [{"name": "<i>", "model_bytes": 3054499}, {"name": "b", "model_bytes": 10}]}
+    expected = {
+        "epochs": 3,
+        "val_loss": 0.123456,
+        "model_bytes": 3054499,
+        "loop_seconds": 65.0,
+        "kind": "int",
+        "tag": "<i>",
+        "model": "s3://a/b",
+        "rows": [{"name": "<i>", "model_bytes": 3054499}, {"name": "b", "model_bytes": 10}],
+    }
     for notebook in path, str(path), nbformat.read(path, as_version=4):
         assert run.read_results(notebook) == expected
     with pytest.raises(ValueError, match="05_after.ipynb shows no results"):
@@ -181,8 +227,15 @@ def test_index_shows_titles_results_and_figures(finished):
     assert cells == [["name", "model bytes"], ["<i>", "3.1 MB"], ["b", "10 Bytes"]]
     card.select_one("dd.table").find_parent("div").decompose()
     shown = {pair.dt.get_text(): pair.dd.get_text() for pair in card.select("dl div")}
-    assert shown == {"epochs": "3", "validation loss": "0.123", "model bytes": "3.1 MB", "loop seconds": "1 min 5 s",
-                     "kind": "int", "tag": "<i>", "model": "s3://a/bcopy"}
+    assert shown == {
+        "epochs": "3",
+        "validation loss": "0.123",
+        "model bytes": "3.1 MB",
+        "loop seconds": "1 min 5 s",
+        "kind": "int",
+        "tag": "<i>",
+        "model": "s3://a/bcopy",
+    }
     assert card.select_one("[data-copy]")["data-copy"] == "s3://a/b"
     assert [link["href"] for link in finished.page.select("nav a")] == [f"#{name[:-6]}" for name in finished.cards]
     images = [image["src"] for image in card.select(".figures img")]
@@ -212,7 +265,7 @@ def test_a_page_leads_on_and_says_what_made_it(finished):
     nav = page.select_one("nav.contents").get_text()
     assert "epochs = 3" in nav and f"Python {sys.version.split()[0]}" in nav
     page = BeautifulSoup((finished.output / "05_after.html").read_text(encoding="utf-8"), "html.parser")
-    assert [link["href"] for link in page.select('.contents > a')] == ["#A-part-of-it"]
+    assert [link["href"] for link in page.select(".contents > a")] == ["#A-part-of-it"]
     assert page.select_one("math mfrac") and page.select_one("main > div a[href='01_good.html']")
     assert "the source" in page.get_text() and not page.select("a[href^='..']")
 
@@ -236,7 +289,10 @@ def test_picks(tmp_path, monkeypatch):
     assert run.pick([]) == [first, second]
     assert run.pick(["02", "01"]) == [second, first]
     assert run.pick(["02_two", "02_two.ipynb", "notebooks/02_two.ipynb", elsewhere, "s3://b/x.ipynb"]) == [
-        second, elsewhere, "s3://b/x.ipynb"]
+        second,
+        elsewhere,
+        "s3://b/x.ipynb",
+    ]
     with pytest.raises(ValueError, match="no notebook 07; there are: 01_one, 02_two"):
         run.pick(["01", "07"])
     with pytest.raises(ValueError, match="same name"):
@@ -258,7 +314,9 @@ def test_what_cannot_run_is_said_in_a_line_and_nothing_is_written(tmp_path, monk
     assert refused("09") == (2, "no notebook 09; there are: 01_one")
     for sweep in [], ["--sweep"]:
         assert refused("01", "-p", "seed", "2", "-p", "epoch", "3", *sweep) == (
-            2, "no parameter epoch in these notebooks; there are: bucket, seed")
+            2,
+            "no parameter epoch in these notebooks; there are: bucket, seed",
+        )
 
     def connect():
         raise run.storage.StorageError("error: nothing answers")
@@ -289,12 +347,19 @@ def test_run_from_python(tmp_path, monkeypatch):
 
 def test_interrupt_leaves_a_whole_page(tmp_path, environment):
     write(tmp_path / "notebooks", "01_done.ipynb", "# Done", "1")
-    write(tmp_path / "notebooks", "02_slow.ipynb", "# Slow", "print('before', flush=True)",
-          "import os, time\nprint(os.getpid(), file=open('begun', 'w'), flush=True)\ntime.sleep(300)", "'after'")
+    write(
+        tmp_path / "notebooks",
+        "02_slow.ipynb",
+        "# Slow",
+        "print('before', flush=True)",
+        "import os, time\nprint(os.getpid(), file=open('begun', 'w'), flush=True)\ntime.sleep(300)",
+        "'after'",
+    )
     write(tmp_path / "notebooks", "03_never.ipynb", "# Never", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its child
-    process = subprocess.Popen([sys.executable, "-m", "helpers", "run"], cwd=tmp_path, env=environment,
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "helpers", "run"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
     try:
         begun, patience = tmp_path / "notebooks" / "begun", time.monotonic() + 60
         while not (begun.exists() and begun.read_text().strip()):
@@ -319,27 +384,37 @@ def test_interrupt_leaves_a_whole_page(tmp_path, environment):
 def test_hostile_names_and_widgets_do_nothing_in_the_html():
     hostile = "<img src=x onerror=alert(1)><a href='javascript:alert(3)'>b</a>"
     table = f"| class | images |\n|---|--:|\n| {hostile}<script>alert(2)</script> | **3** |\n\n```python\nprint(1)\n```"
-    given = [{"text/markdown": table}, {"text/html": f"<b>{hostile}</b>"}, {"application/javascript": "alert(4)"},
-             {"text/html": f"<script>alert(5)</script>{hostile}"},
-             {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "0%"}]
+    given = [
+        {"text/markdown": table},
+        {"text/html": f"<b>{hostile}</b>"},
+        {"application/javascript": "alert(4)"},
+        {"text/html": f"<script>alert(5)</script>{hostile}"},
+        {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "0%"},
+    ]
     state = {"state": {"1": {}}, "version_major": 2, "version_minor": 0}
     widgets = {"application/vnd.jupyter.widget-state+json": state}
     cell = new_code_cell("", outputs=[new_output("display_data", data=data) for data in given])
-    page = BeautifulSoup(run.EXPORTER.from_notebook_node(new_notebook(cells=[cell], metadata={"widgets": widgets}))[0],
-                         "html.parser")
+    page = BeautifulSoup(
+        run.EXPORTER.from_notebook_node(new_notebook(cells=[cell], metadata={"widgets": widgets}))[0], "html.parser"
+    )
     assert not page.select("script, [onerror], [href^=javascript]")
     assert page.select_one("td strong").get_text() == "3" and len(page.select("th")) == 2 and page.select("pre")
     assert page.select("td")[1]["style"].replace(" ", "").startswith("text-align:right") and page.select("b a")
-    frame, = page.select("iframe")  # which may run its own script, and reach nothing outside
+    (frame,) = page.select("iframe")  # which may run its own script, and reach nothing outside
     assert "allow-scripts" in frame["sandbox"] and "allow-same-origin" not in frame["sandbox"]
 
 
 def test_a_sweep_runs_each_combination_and_compares_them(tmp_path, monkeypatch, environment):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run.storage, "connect", lambda: None)
-    write(Path("notebooks"), "01_trains.ipynb", "# Trains", "#parameters\nrate = 1.0\nkind = 'x'\nrun = ''",
-          SHOW + "if rate == 2 and kind == 'b': raise ValueError('diverged')",
-          "display(JSON({'val_loss': rate / 8, 'kind': kind, 'run': run}))")
+    write(
+        Path("notebooks"),
+        "01_trains.ipynb",
+        "# Trains",
+        "#parameters\nrate = 1.0\nkind = 'x'\nrun = ''",
+        SHOW + "if rate == 2 and kind == 'b': raise ValueError('diverged')",
+        "display(JSON({'val_loss': rate / 8, 'kind': kind, 'run': run}))",
+    )
     write(Path("notebooks"), "02_other.ipynb", "# Other", "1")
     Path("mine").mkdir()
     Path("mine/report.html").write_text("all about it")
@@ -349,21 +424,29 @@ def test_a_sweep_runs_each_combination_and_compares_them(tmp_path, monkeypatch, 
     page = BeautifulSoup(Path("runs/latest/index.html").read_text(encoding="utf-8"), "html.parser")
     rows = [[cell.get_text() for cell in row.select("td, th")] for row in page.select(".sweep tr")]
     assert [row[:3] + row[4:] for row in rows] == [
-        ["run", "rate", "kind", "validation loss"], ["01_trains-01", "1.0", "a", "0.125"],
-        ["01_trains-02", "1.0", "b", "0.125"], ["01_trains-03", "2", "a", "0.25"],
-        ["01_trains-04 FAILED", "2", "b", ""]]
+        ["run", "rate", "kind", "validation loss"],
+        ["01_trains-01", "1.0", "a", "0.125"],
+        ["01_trains-02", "1.0", "b", "0.125"],
+        ["01_trains-03", "2", "a", "0.25"],
+        ["01_trains-04 FAILED", "2", "b", ""],
+    ]
     assert len(page.select("article")) == 5
     report = page.select("article")[1].select_one("a[href$='_report.html']")["href"]  # of its run, put beside the page
     assert Path("runs/latest", report).read_text() == "all about it"
 
 
 def test_a_progress_bar_is_one_output_under_papermills_own_command(tmp_path):
-    write(tmp_path, "loops.ipynb", "import io\nfrom contextlib import redirect_stdout\nfrom helpers import storage\n"
-          "with storage.progress(5, 'a loop') as bar:\n    for i in range(5):\n        bar.update()\n"
-          "        bar.refresh()\n        if i == 2: print('in between')\n"
-          "        with redirect_stdout(io.StringIO()), storage.progress(2, 'silenced') as other: other.update()")
-    executed = papermill.execute_notebook(tmp_path / "loops.ipynb", None, kernel_manager_class=run.OwnKernel,
-                                          progress_bar=False, cwd=tmp_path)
+    write(
+        tmp_path,
+        "loops.ipynb",
+        "import io\nfrom contextlib import redirect_stdout\nfrom helpers import storage\n"
+        "with storage.progress(5, 'a loop') as bar:\n    for i in range(5):\n        bar.update()\n"
+        "        bar.refresh()\n        if i == 2: print('in between')\n"
+        "        with redirect_stdout(io.StringIO()), storage.progress(2, 'silenced') as other: other.update()",
+    )
+    executed = papermill.execute_notebook(
+        tmp_path / "loops.ipynb", None, kernel_manager_class=run.OwnKernel, progress_bar=False, cwd=tmp_path
+    )
     bar, said = executed.cells[0].outputs
     assert "a loop: 100%" in bar.data["text/plain"] and "5.00/5.00" in bar.data["text/plain"]
     assert said.text == "in between\n"
@@ -372,8 +455,13 @@ def test_a_progress_bar_is_one_output_under_papermills_own_command(tmp_path):
 def test_notebook_from_s3_to_s3_from_any_folder(embedded, tmp_path, monkeypatch, bucket):
     monkeypatch.chdir(tmp_path)
     storage.create_bucket(bucket)
-    local = write(tmp_path, "01_asks.ipynb", "# Asks", "#parameters\nnumber = 1",
-                  SHOW + "import os\ndisplay(JSON({'number': number, 'folder': os.getcwd()}))")
+    local = write(
+        tmp_path,
+        "01_asks.ipynb",
+        "# Asks",
+        "#parameters\nnumber = 1",
+        SHOW + "import os\ndisplay(JSON({'number': number, 'folder': os.getcwd()}))",
+    )
     storage.write(f"s3://{bucket}/in/01_asks.ipynb", local.read_bytes())
     arguments = [f"s3://{bucket}/in/01_asks.ipynb", "-p", "number", "7", "-o", f"s3://{bucket}/out"]
     assert run.main(arguments) == 0

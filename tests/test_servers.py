@@ -24,11 +24,21 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 
 def client(env, url=None, retries=0):
     """A boto3 client for a server, or for the proxy in front of it."""
-    config = Config(signature_version="s3v4", retries={"mode": "standard", "max_attempts": retries},
-                    s3={"addressing_style": "path"}, request_checksum_calculation="when_required",
-                    response_checksum_validation="when_required")
-    return boto3.client("s3", endpoint_url=url or env["AWS_ENDPOINT_URL"], aws_access_key_id=env["AWS_ACCESS_KEY_ID"],
-                        aws_secret_access_key=env["AWS_SECRET_ACCESS_KEY"], region_name=env["AWS_REGION"], config=config)
+    config = Config(
+        signature_version="s3v4",
+        retries={"mode": "standard", "max_attempts": retries},
+        s3={"addressing_style": "path"},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return boto3.client(
+        "s3",
+        endpoint_url=url or env["AWS_ENDPOINT_URL"],
+        aws_access_key_id=env["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=env["AWS_SECRET_ACCESS_KEY"],
+        region_name=env["AWS_REGION"],
+        config=config,
+    )
 
 
 def bucket(env, name):
@@ -97,8 +107,9 @@ os.kill(os.getpid(), signal.SIGKILL)"""
     elif how == "block ends":
         with running(server, log) as guard:
             wait_until(lambda: listening(port), "server", log, guard)
-            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)"],
-                                     pass_fds=[guard.stdin.fileno()])
+            child = subprocess.Popen(
+                [sys.executable, "-c", "import time; time.sleep(20)"], pass_fds=[guard.stdin.fileno()]
+            )
         assert not listening(port)
         child.kill()
         child.wait()
@@ -131,10 +142,16 @@ def exchange(*answers):
 def test_heads_pass_unchanged_and_connections_stay():
     """Path, Host and header names byte by byte; bodies of HEAD, 204 and 304 are none, whatever their length says."""
     whole = b"HTTP/1.1 200 OK\r\nX-Odd:  a b \r\nContent-Length: 2\r\n\r\nok"
-    url, heads = exchange(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", b"HTTP/1.1 204 No Content\r\n\r\n",
-                          b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", whole)
-    sent = [f"{method} /b/%7Eq%2f+%20//é?a=%2B&b HTTP/1.1\r\nhOST: bucket.example:99\r\nX-odd:  1 ,2\r\n\r\n".encode()
-            for method in ("HEAD", "DELETE", "GET", "GET")]
+    url, heads = exchange(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n",
+        b"HTTP/1.1 204 No Content\r\n\r\n",
+        b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n",
+        whole,
+    )
+    sent = [
+        f"{method} /b/%7Eq%2f+%20//é?a=%2B&b HTTP/1.1\r\nhOST: bucket.example:99\r\nX-odd:  1 ,2\r\n\r\n".encode()
+        for method in ("HEAD", "DELETE", "GET", "GET")
+    ]
     with fault_proxy(url, truncate_every=2) as proxy:
         with socket.create_connection(proxy.server_address, timeout=10) as bare, bare.makefile("rb") as stream:
             answers = []
@@ -147,14 +164,15 @@ def test_heads_pass_unchanged_and_connections_stay():
             bare.sendall(sent[3])
             answers.append(stream.read(len(whole)))
     assert heads == sent
-    assert answers == [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 204 No Content\r\n", b"HTTP/1.1 304 Not Modified\r\n",
-                       whole]
+    assert answers == [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 204 No Content\r\n", b"HTTP/1.1 304 Not Modified\r\n", whole]
 
 
 def test_a_busy_answer_comes_when_the_body_is_read_and_the_connection_stays(embedded_env):
     host, path = signed(bucket(embedded_env, "slow-down"), "put_object", Bucket="slow-down", Key="new")
-    with fault_proxy(embedded_env["AWS_ENDPOINT_URL"], slow_down_every=2) as proxy, contextlib.closing(
-            http.client.HTTPConnection(proxy.url[7:], timeout=10)) as bare:
+    with (
+        fault_proxy(embedded_env["AWS_ENDPOINT_URL"], slow_down_every=2) as proxy,
+        contextlib.closing(http.client.HTTPConnection(proxy.url[7:], timeout=10)) as bare,
+    ):
         for status in 200, 503, 200, 503:
             bare.request("PUT", path, random.randbytes(MB), headers={"Host": host})
             answer = bare.getresponse()

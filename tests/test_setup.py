@@ -18,8 +18,9 @@ LOCK, BENCH = ((ROOT / f"requirements{name}.lock").read_text().splitlines() for 
 
 def make(*arguments):
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of another make
-    return subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, env=outside, capture_output=True, text=True,
-                          check=True).stdout
+    return subprocess.run(
+        ["make", "--dry-run", *arguments], cwd=ROOT, env=outside, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_the_locks_hold_names_versions_and_markers_only_and_the_command_that_makes_them():
@@ -88,10 +89,14 @@ def test_the_readmes_commands_work_as_typed(embedded, tmp_path):
     (tmp_path / ".venv/installed").touch()
     (tmp_path / "sitecustomize.py").write_text(
         "import functools, papermill\n"
-        "papermill.execute_notebook = functools.partial(papermill.execute_notebook, prepare_only=True)\n")
+        "papermill.execute_notebook = functools.partial(papermill.execute_notebook, prepare_only=True)\n"
+    )
     blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    commands = [line for line in "".join(blocks).splitlines()
-                if re.match(r"make run|make site|\S+ -m helpers", line) and not re.search(" rent | bot |--processes", line)]
+    commands = [
+        line
+        for line in "".join(blocks).splitlines()
+        if re.match(r"make run|make site|\S+ -m helpers", line) and not re.search(" rent | bot |--processes", line)
+    ]
     assert len(commands) >= 8
     outside = os.environ | {"PYTHONPATH": str(tmp_path)}
     for command in commands:

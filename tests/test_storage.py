@@ -123,16 +123,25 @@ def put(url, members):
     """Put {name: content} under a prefix, with boto3."""
     bucket, prefix = storage.parse(url)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: storage.client().put_object(
-            Bucket=bucket, Key=f"{prefix}/{name}".lstrip("/"), Body=members[name]), members))
+        list(
+            pool.map(
+                lambda name: storage.client().put_object(
+                    Bucket=bucket, Key=f"{prefix}/{name}".lstrip("/"), Body=members[name]
+                ),
+                members,
+            )
+        )
 
 
 def listed(url):
     """What is under a prefix, listed with boto3: {name: (size, ETag, time)}."""
     bucket, prefix = storage.parse(url)
     pages = storage.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return {item["Key"].removeprefix(prefix).lstrip("/"): (item["Size"], item["ETag"], item["LastModified"])
-            for page in pages for item in page.get("Contents", ())}
+    return {
+        item["Key"].removeprefix(prefix).lstrip("/"): (item["Size"], item["ETag"], item["LastModified"])
+        for page in pages
+        for item in page.get("Contents", ())
+    }
 
 
 def content(url):
@@ -187,9 +196,14 @@ def refused(*words, kind=storage.StorageError):
 def start(code, *arguments, env=None, **options):
     """A Python process with a clean environment, leader of its own process group."""
     clean = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, env={**clean, **NULL, "PYTHONPATH": str(ROOT), **(env or {})},
-                            **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        env={**clean, **NULL, "PYTHONPATH": str(ROOT), **(env or {})},
+        **options,
+    )
 
 
 def finish(code, *arguments, env, seconds=60):
@@ -243,12 +257,18 @@ def test_connect_uses_the_standard_environment_starts_nothing_and_takes_new_sett
 
 @pytest.mark.parametrize("profile", ["default", "mine"])
 def test_connect_uses_a_profile(profile, embedded_env, tmp_path):
-    (tmp_path / "credentials").write_text(f"[{profile}]\naws_access_key_id = {embedded_env['AWS_ACCESS_KEY_ID']}\n"
-                                          f"aws_secret_access_key = {embedded_env['AWS_SECRET_ACCESS_KEY']}\n")
-    (tmp_path / "config").write_text(f"[{'profile ' * (profile != 'default')}{profile}]\nregion = eu-central-1\n"
-                                     f"endpoint_url = {embedded_env['AWS_ENDPOINT_URL']}\n")
-    connect({"AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"), "AWS_CONFIG_FILE": str(tmp_path / "config")},
-            **({"AWS_PROFILE": profile} if profile != "default" else {}))
+    (tmp_path / "credentials").write_text(
+        f"[{profile}]\naws_access_key_id = {embedded_env['AWS_ACCESS_KEY_ID']}\n"
+        f"aws_secret_access_key = {embedded_env['AWS_SECRET_ACCESS_KEY']}\n"
+    )
+    (tmp_path / "config").write_text(
+        f"[{'profile ' * (profile != 'default')}{profile}]\nregion = eu-central-1\n"
+        f"endpoint_url = {embedded_env['AWS_ENDPOINT_URL']}\n"
+    )
+    connect(
+        {"AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"), "AWS_CONFIG_FILE": str(tmp_path / "config")},
+        **({"AWS_PROFILE": profile} if profile != "default" else {}),
+    )
     put(url := new_bucket(), PETS)
     assert sorted(storage.objects(url)) == sorted(PETS)
     assert storage.client().meta.region_name == os.environ["AWS_REGION"] == "eu-central-1"
@@ -339,8 +359,10 @@ expiry = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minut
 print(json.dumps({"Version": 1, "AccessKeyId": f"key{number}", "SecretAccessKey": "secret", "SessionToken": "token",
                   "Expiration": expiry.isoformat()}))""")
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        (tmp_path / "config").write_text(f"[default]\ncredential_process = {sys.executable} {script}\n"
-                                         f"endpoint_url = {proxy.url}\nregion = us-east-1\n")
+        (tmp_path / "config").write_text(
+            f"[default]\ncredential_process = {sys.executable} {script}\n"
+            f"endpoint_url = {proxy.url}\nregion = us-east-1\n"
+        )
         for name in aws():
             del os.environ[name]
         connect({"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "default"})
@@ -371,9 +393,17 @@ def test_a_bucket_is_reached_in_another_way(how, moto_env, ceph_env, tmp_path):
     connect(ceph_env)
     put(url := new_bucket(), PETS)
     bucket, arguments = storage.parse(url)[0], {"endpoint_url": ceph_env["AWS_ENDPOINT_URL"]}
-    policy = {"Version": "2012-10-17", "Statement": [
-        {"Effect": "Allow", "Principal": "*", "Action": ["s3:ListBucket", "s3:GetObject"],
-         "Resource": [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]}]}
+    policy = {
+        "Version": "2012-10-17",
+        "Statement": [
+            {
+                "Effect": "Allow",
+                "Principal": "*",
+                "Action": ["s3:ListBucket", "s3:GetObject"],
+                "Resource": [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"],
+            }
+        ],
+    }
     storage.client().put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
     if how == "unsigned":
         arguments["unsigned"] = True
@@ -381,14 +411,18 @@ def test_a_bucket_is_reached_in_another_way(how, moto_env, ceph_env, tmp_path):
         arguments |= {"profile": "mine", "requester_pays": how == "requester pays"}
         (tmp_path / "credentials").write_text(
             f"[mine]\naws_access_key_id = {ceph_env['AWS_ACCESS_KEY_ID']}\n"
-            f"aws_secret_access_key = {ceph_env['AWS_SECRET_ACCESS_KEY']}\n")
+            f"aws_secret_access_key = {ceph_env['AWS_SECRET_ACCESS_KEY']}\n"
+        )
         os.environ["AWS_SHARED_CREDENTIALS_FILE"] = str(tmp_path / "credentials")
     connect(moto_env)
     put(own := new_bucket(), {"own.txt": b"own"})
     with fault_proxy(ceph_env["AWS_ENDPOINT_URL"]) as proxy:
         storage.use_bucket(bucket, **arguments | {"endpoint_url": proxy.url})
-        for act, place in ((storage.objects, url), (storage.list_files, url), *(
-                (get, f"{url}/cats/1.png") for get in (get_with_boto3, get_with_obstore, storage.read))):
+        for act, place in (
+            (storage.objects, url),
+            (storage.list_files, url),
+            *((get, f"{url}/cats/1.png") for get in (get_with_boto3, get_with_obstore, storage.read)),
+        ):
             before = proxy.requests
             act(place)
             assert proxy.requests > before
@@ -407,14 +441,21 @@ def test_a_bucket_is_reached_in_another_way(how, moto_env, ceph_env, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- buckets
 
 
-@pytest.mark.parametrize("endpoint, region", [
-    ("https://s3.eu-central-1.amazonaws.com/", "eu-central-1"),
-    ("https://s3.amazonaws.com.example.org", None),
-])
+@pytest.mark.parametrize(
+    "endpoint, region",
+    [
+        ("https://s3.eu-central-1.amazonaws.com/", "eu-central-1"),
+        ("https://s3.amazonaws.com.example.org", None),
+    ],
+)
 def test_a_bucket_is_created_in_its_region(endpoint, region, monkeypatch):
     """The request is caught before it is sent."""
-    os.environ.update(AWS_ENDPOINT_URL=endpoint, AWS_DEFAULT_REGION=region or "eu-central-1", AWS_ACCESS_KEY_ID="key",
-                      AWS_SECRET_ACCESS_KEY="secret")
+    os.environ.update(
+        AWS_ENDPOINT_URL=endpoint,
+        AWS_DEFAULT_REGION=region or "eu-central-1",
+        AWS_ACCESS_KEY_ID="key",
+        AWS_SECRET_ACCESS_KEY="secret",
+    )
     storage.forget_connection()
     sent = []
 
@@ -464,8 +505,26 @@ def test_2100_objects_are_deleted_in_batches(s3, served_folder):
 
 @every
 def test_files_are_uploaded_whatever_they_are_called(s3, tmp_path):
-    names = ["plain", "with space", "größe/日本語 ☃.txt", "a#b", "%41", "a+b", "a&b=c;d", "100%", "quo'te", "tilde~",
-             "l" * 200, "/".join("deep" * 3), ".hidden", "question?", "star*", "colon:", "[brackets]{}", "empty"]
+    names = [
+        "plain",
+        "with space",
+        "größe/日本語 ☃.txt",
+        "a#b",
+        "%41",
+        "a+b",
+        "a&b=c;d",
+        "100%",
+        "quo'te",
+        "tilde~",
+        "l" * 200,
+        "/".join("deep" * 3),
+        ".hidden",
+        "question?",
+        "star*",
+        "colon:",
+        "[brackets]{}",
+        "empty",
+    ]
     members = {f"sub/{name}": name.encode() if name != "empty" else b"" for name in names}
     assert zips.upload(folder(tmp_path, members), s3) == {"uploaded": len(names), "skipped": 0}
     assert sorted(storage.objects(s3)) == sorted(members)
@@ -480,8 +539,14 @@ def test_files_are_uploaded_whatever_they_are_called(s3, tmp_path):
 
 @buckets
 def test_keys_that_are_no_paths_are_listed_uploaded_and_deleted(s3, tmp_path):
-    members = {"cats//1.png": b"1", "cats/./2.png": b"2", "cats/../3.png": b"3", "cats/": b"", "cats": b"4",
-               "dogs/1.png": b"5"}
+    members = {
+        "cats//1.png": b"1",
+        "cats/./2.png": b"2",
+        "cats/../3.png": b"3",
+        "cats/": b"",
+        "cats": b"4",
+        "dogs/1.png": b"5",
+    }
     put(s3, {name: data for name, data in members.items() if name != "cats/"})
     storage.client().put_object(Bucket=storage.parse(s3)[0], Key="cats/", Body=b"")  # a folder's marker
     zips.upload(folder(tmp_path, {"a\tb": b"5"}), f"{s3}/cats")
@@ -535,14 +600,18 @@ def test_a_zip_larger_than_memory_is_uploaded_and_unzipped(s3, tmp_path):
     with zipfile.ZipFile(tmp_path / "large.zip", "w") as archive:
         for i in range(12):
             archive.writestr(f"class{i % 3}/{i}", bytes([i]) * (50 * MB))
-    code = """
+    code = (
+        """
 import sys
 from helpers.chapters import zips
 zips.upload(sys.argv[1], sys.argv[2])
-zips.unzip(sys.argv[2] + "/large.zip", sys.argv[2])""" + PEAK
+zips.unzip(sys.argv[2] + "/large.zip", sys.argv[2])"""
+        + PEAK
+    )
     assert int(finish(code, tmp_path / "large.zip", s3, env=aws(), seconds=400)) < 400
     assert {name: size for name, (size, *_) in listed(f"{s3}/raw").items()} == {
-        f"class{i % 3}/{i}": 50 * MB for i in range(12)}
+        f"class{i % 3}/{i}": 50 * MB for i in range(12)
+    }
     assert content(f"{s3}/raw/class1")["4"] == hashlib.sha256(bytes([4]) * (50 * MB)).hexdigest()
     storage.delete(s3)
 
@@ -550,7 +619,9 @@ zips.unzip(sys.argv[2] + "/large.zip", sys.argv[2])""" + PEAK
 # ------------------------------------------------------------------------------------------------------------ unzip
 
 READY = {f"{part}/{name}": data + part.encode() for part in storage.SPLITS for name, data in PETS.items()}
-LAYOUTS = [("classes", "raw/", top, PETS) for top in ("", "pets/", "train/", "./", "pets\\")]  # at the root, in a folder
+LAYOUTS = [
+    ("classes", "raw/", top, PETS) for top in ("", "pets/", "train/", "./", "pets\\")
+]  # at the root, in a folder
 LAYOUTS += [("split", "", top, READY) for top in ("", "pets/")]  # and what others call val
 LAYOUTS += [("split", "", name, READY) for name in ("valid", "validation")]
 
@@ -654,8 +725,10 @@ def parts(url):
 def test_split_copies_each_class_in_the_ratios_and_again_changes_nothing(s3):
     put(f"{s3}/raw", pets := images(cats=20, dogs=13))
     assert zips.split_classes(s3) == {"train": 23, "val": 5, "test": 5}
-    assert {part: (sum("cats" in name for name in names), sum("dogs" in name for name in names))
-            for part, names in parts(s3).items()} == {"train": (14, 9), "val": (3, 2), "test": (3, 2)}
+    assert {
+        part: (sum("cats" in name for name in names), sum("dogs" in name for name in names))
+        for part, names in parts(s3).items()
+    } == {"train": (14, 9), "val": (3, 2), "test": (3, 2)}
     assert sorted(name for names in parts(s3).values() for name in names) == sorted(pets)  # each in one split only
     assert copies(s3) == digests(pets)
     before = listed(s3)
@@ -752,8 +825,9 @@ def test_a_setting_that_is_none_is_named(wrong, moto_env):
         connect(env)
 
 
-@pytest.mark.parametrize("s3, name", [("embedded", "AWS_ACCESS_KEY_ID"), ("ceph", "AWS_SECRET_ACCESS_KEY")],
-                         indirect=["s3"])  # moto checks no keys
+@pytest.mark.parametrize(
+    "s3, name", [("embedded", "AWS_ACCESS_KEY_ID"), ("ceph", "AWS_SECRET_ACCESS_KEY")], indirect=["s3"]
+)  # moto checks no keys
 def test_a_wrong_key_is_refused(s3, name):
     with refused(os.environ["AWS_ENDPOINT_URL"], "refuses the key", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         connect({name: WRONG})
@@ -764,9 +838,15 @@ def test_a_wrong_key_is_refused(s3, name):
 
 @every
 def test_what_is_missing_is_named(s3, tmp_path):
-    for act in (storage.objects, storage.delete, zips.split_classes, lambda url: zips.upload(__file__, url),
-                lambda url: storage.delete_bucket(storage.parse(url)[0]), lambda url: zips.unzip(f"{url}/a.zip", url),
-                *GETS):
+    for act in (
+        storage.objects,
+        storage.delete,
+        zips.split_classes,
+        lambda url: zips.upload(__file__, url),
+        lambda url: storage.delete_bucket(storage.parse(url)[0]),
+        lambda url: zips.unzip(f"{url}/a.zip", url),
+        *GETS,
+    ):
         url = f"s3://missing-{secrets.token_hex(4)}"
         with refused(storage.parse(url)[0], os.environ["AWS_ENDPOINT_URL"], "check the name", kind=storage.NotFound):
             act(f"{url}/a" if act in GETS else url)
@@ -781,11 +861,18 @@ def test_what_is_missing_is_named(s3, tmp_path):
 @ceph
 def test_what_belongs_to_somebody_else_is_refused(s3, ceph_env):
     put(s3, PETS)
-    connect(ceph_env, AWS_ACCESS_KEY_ID=ceph_env["OTHER_ACCESS_KEY_ID"],
-            AWS_SECRET_ACCESS_KEY=ceph_env["OTHER_SECRET_ACCESS_KEY"])
-    for act in (storage.objects, storage.delete, lambda url: zips.upload(__file__, url),
-                lambda url: zips.unzip(f"{url}/cats/1.png", url), *(
-                    lambda url, get=get: get(f"{url}/cats/1.png") for get in GETS)):
+    connect(
+        ceph_env,
+        AWS_ACCESS_KEY_ID=ceph_env["OTHER_ACCESS_KEY_ID"],
+        AWS_SECRET_ACCESS_KEY=ceph_env["OTHER_SECRET_ACCESS_KEY"],
+    )
+    for act in (
+        storage.objects,
+        storage.delete,
+        lambda url: zips.upload(__file__, url),
+        lambda url: zips.unzip(f"{url}/cats/1.png", url),
+        *(lambda url, get=get: get(f"{url}/cats/1.png") for get in GETS),
+    ):
         with refused(s3, "No permission", os.environ["AWS_ENDPOINT_URL"], "owner"):
             act(s3)
     with refused(s3, "No permission"), storage.translate_errors(s3):
@@ -802,14 +889,17 @@ def test_what_is_no_s3_url_is_refused():
             storage.parse(url)
 
 
-@pytest.mark.parametrize("name, value, text, shown", [
-    ("AWS_SECRET_ACCESS_KEY", "/AsecretThatBeginsWithASlash", "key /AsecretThatBeginsWithASlash.", "key ***."),
-    ("AZURE_STORAGE_KEY", "bm90IGEgcmVhbCBrZXkK==", "AccountKey=bm90IGEgcmVhbCBrZXkK==;", "AccountKey=***;"),
-    ("HTTPS_PROXY", "http://me:pw%401@proxy:3128", "via http://me:pw%401@proxy:3128", "via http://me***proxy:3128"),
-    ("DB", "postgresql+psycopg://me:a%40long%40password@db/x", "password 'a@long@password'", "password '***'"),
-    ("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/secrets/token", "/var/run/secrets/token", "/var/run/secrets/token"),
-    ("MYSQL_PASSWORD", "/a/password/with/slashes", "/a/password/with/slashes", "***"),
-])
+@pytest.mark.parametrize(
+    "name, value, text, shown",
+    [
+        ("AWS_SECRET_ACCESS_KEY", "/AsecretThatBeginsWithASlash", "key /AsecretThatBeginsWithASlash.", "key ***."),
+        ("AZURE_STORAGE_KEY", "bm90IGEgcmVhbCBrZXkK==", "AccountKey=bm90IGEgcmVhbCBrZXkK==;", "AccountKey=***;"),
+        ("HTTPS_PROXY", "http://me:pw%401@proxy:3128", "via http://me:pw%401@proxy:3128", "via http://me***proxy:3128"),
+        ("DB", "postgresql+psycopg://me:a%40long%40password@db/x", "password 'a@long@password'", "password '***'"),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/secrets/token", "/var/run/secrets/token", "/var/run/secrets/token"),
+        ("MYSQL_PASSWORD", "/a/password/with/slashes", "/a/password/with/slashes", "***"),
+    ],
+)
 def test_secrets_are_redacted(name, value, text, shown, monkeypatch):
     monkeypatch.setenv(name, value)
     assert storage.redact(text) == (shown, {name} if "***" in shown else set())
@@ -845,8 +935,12 @@ def killed(code, *arguments, requests):
     """Run a process, and kill it at its n-th request to S3."""
     server = os.environ["AWS_ENDPOINT_URL"]
     with fault_proxy(server, delay=0.002) as proxy:
-        process = start("import sys\nfrom helpers.chapters import zips\n" + code, *arguments,
-                        env=aws() | {"AWS_ENDPOINT_URL": proxy.url}, stderr=subprocess.DEVNULL)
+        process = start(
+            "import sys\nfrom helpers.chapters import zips\n" + code,
+            *arguments,
+            env=aws() | {"AWS_ENDPOINT_URL": proxy.url},
+            stderr=subprocess.DEVNULL,
+        )
         proxy.on_request = lambda number: number == requests and process.kill()
         process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
@@ -892,8 +986,12 @@ print("main ends", flush=True)
     few.mkdir(parents=True)
     for i in range(600):
         (few / f"{i}.png").write_bytes(b"x" * 1000)
-    child = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True,
-                             env={name: value for name, value in os.environ.items() if not name.startswith("AWS_")})
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
+    )
     assert any(line == "main ends\n" for line in child.stdout)
     try:
         assert child.wait(6) == 0

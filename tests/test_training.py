@@ -29,8 +29,15 @@ def data(count=22, seed=0):
 def network():
     """A small CNN with a batch norm and a dropout, always with the same weights."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Dropout(0.2), nn.Linear(4, CLASSES))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(4, CLASSES),
+    )
 
 
 def loader(dataset, shuffle=False, **options):
@@ -41,8 +48,15 @@ def make_loop(train=True, val=True, metrics=None, **options):
     """A loop with all that belongs to it."""
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    return TrainLoop(model, loader(data(), shuffle=True) if train else None, loader(data(seed=1)) if val else None,
-                     optimizer=optimizer, criterion=nn.CrossEntropyLoss(), metrics=metrics, **options)
+    return TrainLoop(
+        model,
+        loader(data(), shuffle=True) if train else None,
+        loader(data(seed=1)) if val else None,
+        optimizer=optimizer,
+        criterion=nn.CrossEntropyLoss(),
+        metrics=metrics,
+        **options,
+    )
 
 
 def same_weights(one, other):
@@ -81,9 +95,15 @@ def test_weights_and_losses_are_those_of_a_plain_pytorch_loop_bit_for_bit():
 
     ours, seen = network(), Rates()
     optimizer = torch.optim.AdamW(ours.parameters(), lr=0.01)
-    loop = TrainLoop(ours, loader(data(), shuffle=True), loader(data(seed=1)), optimizer=optimizer, criterion=criterion,
-                     metrics={"accuracy": MulticlassAccuracy(CLASSES)},  # validation does not change the training
-                     scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=9))
+    loop = TrainLoop(
+        ours,
+        loader(data(), shuffle=True),
+        loader(data(seed=1)),
+        optimizer=optimizer,
+        criterion=criterion,
+        metrics={"accuracy": MulticlassAccuracy(CLASSES)},  # validation does not change the training
+        scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=9),
+    )
     torch.manual_seed(1)
     history = loop.fit(3, [seen])
     assert same_weights(ours, model) and not same_weights(ours, network())
@@ -126,8 +146,12 @@ def test_steps_by_hand_in_ones_own_loop_do_what_fit_does():
 
 def test_loaders_with_workers_train_alike_and_leave_no_processes():
     here, workers = make_loop(), network()
-    loop = TrainLoop(workers, loader(data(), shuffle=True, num_workers=2),
-                     optimizer=torch.optim.AdamW(workers.parameters(), lr=0.01), criterion=nn.CrossEntropyLoss())
+    loop = TrainLoop(
+        workers,
+        loader(data(), shuffle=True, num_workers=2),
+        optimizer=torch.optim.AdamW(workers.parameters(), lr=0.01),
+        criterion=nn.CrossEntropyLoss(),
+    )
     for each in here, loop:
         torch.manual_seed(1)
         each.fit(2)
@@ -143,8 +167,12 @@ def test_the_device_is_waited_for_now_and_then_only(monkeypatch):
     waits, item = [], torch.Tensor.item
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: waits.append(1) or item(tensor))
     model = nn.Linear(4, 3)
-    loop = TrainLoop(model, loader(TensorDataset(torch.randn(8 * 500, 4), torch.zeros(8 * 500, dtype=int))),
-                     optimizer=torch.optim.SGD(model.parameters(), lr=0.01), criterion=nn.CrossEntropyLoss())
+    loop = TrainLoop(
+        model,
+        loader(TensorDataset(torch.randn(8 * 500, 4), torch.zeros(8 * 500, dtype=int))),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        criterion=nn.CrossEntropyLoss(),
+    )
     loop.fit(1)
     assert len(waits) < 100  # of 500 steps; the loader's seed, the epoch's row, and the bar now and then
 
@@ -161,8 +189,11 @@ def test_what_is_missing_for_training_is_named():
 def test_evaluate_counts_every_sample_once_though_the_last_batch_is_smaller():
     dataset = data(seed=1)
     inputs, targets = dataset.tensors
-    loop = make_loop(train=False, val=False, metrics={"accuracy": MulticlassAccuracy(CLASSES, average="micro"),
-                                                      "f1": MulticlassF1Score(CLASSES)})
+    loop = make_loop(
+        train=False,
+        val=False,
+        metrics={"accuracy": MulticlassAccuracy(CLASSES, average="micro"), "f1": MulticlassF1Score(CLASSES)},
+    )
     with torch.no_grad():
         outputs = loop.model.eval()(inputs)
     found = loop.evaluate(loader(dataset))
@@ -183,7 +214,7 @@ def test_predict_gives_outputs_and_targets_in_the_order_of_the_loader():
         assert torch.allclose(outputs, loop.model.eval()(dataset.tensors[0]), atol=1e-6)
     assert torch.equal(targets, dataset.tensors[1]) and outputs.device.type == "cpu"
     shuffled, shuffled_targets = loop.predict(loader(dataset, shuffle=True))
-    order = torch.cat([batch for batch, in loader(TensorDataset(torch.arange(22)), shuffle=True)])
+    order = torch.cat([batch for (batch,) in loader(TensorDataset(torch.arange(22)), shuffle=True)])
     assert torch.equal(shuffled_targets, targets[order]) and torch.allclose(shuffled, outputs[order], atol=1e-6)
 
 
@@ -210,8 +241,9 @@ TEXTS = [{"text": "word " * n, "target": "WORD " * n} for n in range(1, 6)]
 
 def test_texts_are_trained_on_evaluated_and_predicted():
     model, texts = Texts(), DataLoader(TEXTS, 2)
-    loop = TrainLoop(model, texts, texts, optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
-                     metrics=question_answering())
+    loop = TrainLoop(
+        model, texts, texts, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), metrics=question_answering()
+    )
     [row] = loop.fit(1)
     assert row["train_loss"] == row["val_loss"] == pytest.approx((2 + 2 + 2 + 2 + 1) / 5)
     assert row["val_exact_match"] == 1
@@ -256,8 +288,12 @@ def test_a_stream_without_a_length_trains_as_a_loader_with_one(length):
     models = []
     for dataset in Stream(data()), data():
         models.append(network())
-        loop = TrainLoop(models[-1], DataLoader(dataset, 8), criterion=nn.CrossEntropyLoss(),
-                         optimizer=torch.optim.AdamW(models[-1].parameters(), lr=0.01))
+        loop = TrainLoop(
+            models[-1],
+            DataLoader(dataset, 8),
+            criterion=nn.CrossEntropyLoss(),
+            optimizer=torch.optim.AdamW(models[-1].parameters(), lr=0.01),
+        )
         torch.manual_seed(1)
         loop.fit(**length)
     assert same_weights(*models) and not same_weights(models[0], network())
@@ -274,8 +310,13 @@ def test_an_incomplete_group_at_the_end_of_a_stream_makes_no_step_and_leaves_not
             assert all(weight.grad is None for weight in loop.model.parameters())
 
     model = network()
-    loop = TrainLoop(model, DataLoader(Stream(data()), 8), optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-                     criterion=nn.CrossEntropyLoss(), accumulate=2)
+    loop = TrainLoop(
+        model,
+        DataLoader(Stream(data()), 8),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        criterion=nn.CrossEntropyLoss(),
+        accumulate=2,
+    )
     loop.fit(2, [Steps()])
     assert seen == [False, True, False] * 2
 
@@ -295,9 +336,15 @@ def test_a_frozen_batch_norm_stays_frozen_after_validation():
 
 def test_a_test_loader_is_evaluated_when_training_has_ended():
     model, test = network(), loader(data(seed=2))
-    loop = TrainLoop(model, loader(data(), shuffle=True), loader(data(seed=1)), test, criterion=nn.CrossEntropyLoss(),
-                     optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
-                     metrics={"accuracy": MulticlassAccuracy(CLASSES)})
+    loop = TrainLoop(
+        model,
+        loader(data(), shuffle=True),
+        loader(data(seed=1)),
+        test,
+        criterion=nn.CrossEntropyLoss(),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
+        metrics={"accuracy": MulticlassAccuracy(CLASSES)},
+    )
     first, last = loop.fit(2)
     assert {name: last[f"test_{name}"] for name in ("loss", "accuracy")} == loop.evaluate(test)
     assert "test_loss" not in first
@@ -320,6 +367,7 @@ class Diary(Callback):
             self.pages.append(f"{self.name}{moment} {getattr(loop, 'epoch', 0)}")
             if self.pages[-1] == self.cancel:
                 raise CancelFit
+
         return note
 
 
@@ -336,8 +384,9 @@ def test_callbacks_are_called_at_every_moment_by_their_order_and_then_as_given()
     assert pages[:3] == ["a before_fit 2", "c before_fit 2", "b before_fit 2"]
 
 
-@pytest.mark.parametrize("cancel, rows", [
-    ("before_fit 0", 0), ("before_epoch 2", 1), ("after_step 2", 1), ("after_epoch 2", 2)])
+@pytest.mark.parametrize(
+    "cancel, rows", [("before_fit 0", 0), ("before_epoch 2", 1), ("after_step 2", 1), ("after_epoch 2", 2)]
+)
 def test_a_callback_that_cancels_ends_the_fit_in_good_order_and_it_can_go_on(cancel, rows):
     pages, loop = [], make_loop()
     history = loop.fit(5, [Diary(pages, cancel=cancel)])

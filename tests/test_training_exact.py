@@ -52,8 +52,12 @@ def test_a_model_of_transformers_trains_by_the_loss_it_returns():
 
     tokens = torch.randint(50, (12, 7), generator=torch.Generator().manual_seed(0))
     batches = DataLoader([{"input_ids": row, "labels": row} for row in tokens], 4)
-    config, models = GPT2Config(vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2,
-                                resid_pdrop=0, embd_pdrop=0, attn_pdrop=0), []
+    config, models = (
+        GPT2Config(
+            vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        ),
+        [],
+    )
     for _ in range(2):
         torch.manual_seed(0)
         models.append(GPT2LMHeadModel(config))
@@ -126,7 +130,9 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
         torch.manual_seed(0)
         models.append(nn.Linear(5, 3))
         optimizer = torch.optim.SGD(models[-1].parameters(), lr=0.1)
-        TrainLoop(models[-1], DataLoader(data, size), optimizer=optimizer, criterion=CRITERION, accumulate=groups).fit(2)
+        TrainLoop(models[-1], DataLoader(data, size), optimizer=optimizer, criterion=CRITERION, accumulate=groups).fit(
+            2
+        )
     for one, other in zip(*(model.parameters() for model in models)):
         torch.testing.assert_close(one, other)
 
@@ -183,8 +189,13 @@ def test_fp16_shows_gradients_unscaled_and_leaves_out_a_step_beyond_its_range_wi
         torch.manual_seed(0)
         model, norms, moves = nn.Linear(5, 3), [], []
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        loop = TrainLoop(model, data, optimizer=optimizer, criterion=CRITERION,
-                         scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1000))
+        loop = TrainLoop(
+            model,
+            data,
+            optimizer=optimizer,
+            criterion=CRITERION,
+            scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1000),
+        )
         if scale:
             loop.scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=1e-9)
         loop.fit(1, [Notes()])
@@ -199,7 +210,10 @@ def test_fp16_shows_gradients_unscaled_and_leaves_out_a_step_beyond_its_range_wi
 @pytest.fixture(scope="module")
 def fork():
     """fork(environments, mode, *arguments): a process for each, which has everything imported; numbers and output."""
-    with subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+
         def start(*job):
             print(json.dumps(job), file=parent.stdin, flush=True)
             return json.loads(parent.stdout.readline()), parent.stdout
@@ -233,10 +247,16 @@ def trainee(own_generator=True):
     model = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(5) if own_generator else None
-    return TrainLoop(model, DataLoader(Augmented(), 4, shuffle=True, generator=generator),
-                     DataLoader(Augmented(), 8), optimizer=optimizer, criterion=CRITERION, accumulate=2,
-                     scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, 4 * 6),
-                     metrics={"accuracy": MulticlassAccuracy(3)})
+    return TrainLoop(
+        model,
+        DataLoader(Augmented(), 4, shuffle=True, generator=generator),
+        DataLoader(Augmented(), 8),
+        optimizer=optimizer,
+        criterion=CRITERION,
+        accumulate=2,
+        scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, 4 * 6),
+        metrics={"accuracy": MulticlassAccuracy(3)},
+    )
 
 
 class Steps(Callback):
@@ -316,9 +336,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_newest_are_kept(tmp_path):
 
 
 def test_any_state_is_packed_without_a_pickle():
-    state = {"a": [1, 2.5, None, "text", True, (1, (2, 3))], 4: {"inf": float("inf")}, "d": {}, "l": [], "u": (),
-             "t": torch.arange(6).view(2, 3).T, "half": noise(3).bfloat16(), "empty": torch.zeros(0),
-             "scalar": torch.tensor(0.1)}
+    state = {
+        "a": [1, 2.5, None, "text", True, (1, (2, 3))],
+        4: {"inf": float("inf")},
+        "d": {},
+        "l": [],
+        "u": (),
+        "t": torch.arange(6).view(2, 3).T,
+        "half": noise(3).bfloat16(),
+        "empty": torch.zeros(0),
+        "scalar": torch.tensor(0.1),
+    }
     data = state_to_safetensors(state)
     assert len(safetensors.torch.load(data)) == 5, "a plain safetensors file, which cannot hold code"
     with pytest.raises(TypeError, match="not JSON serializable"):
@@ -344,8 +372,10 @@ def both(tmp_path_factory, fork):
     folder = tmp_path_factory.mktemp("both")
     for count, environments in (1, [{}]), (2, two_processes()):
         codes(fork(environments, "both", 2 // count, str(folder / f"{count}"))[1])
-    return [(load_file(folder / count / "weights.safetensors"), json.loads((folder / count / "done.json").read_text()))
-            for count in "12"]
+    return [
+        (load_file(folder / count / "weights.safetensors"), json.loads((folder / count / "done.json").read_text()))
+        for count in "12"
+    ]
 
 
 def test_two_processes_train_and_measure_as_one_with_twice_the_batch(both):
@@ -360,7 +390,11 @@ def test_two_processes_train_and_measure_as_one_with_twice_the_batch(both):
 
 def test_training_on_two_processes_goes_on_exactly_where_each_of_them_was(both):
     for _, values in both:
-        assert values["again"] == {"3": True, "6": True, "7": True}  # within an epoch, after one, at the next one's start
+        assert values["again"] == {
+            "3": True,
+            "6": True,
+            "7": True,
+        }  # within an epoch, after one, at the next one's start
 
 
 def test_of_two_processes_the_first_changes_the_store_and_the_other_one_waits_for_it(fork, tmp_path):
@@ -370,7 +404,10 @@ def test_of_two_processes_the_first_changes_the_store_and_the_other_one_waits_fo
         environment["AWS_ENDPOINT_URL"] = proxy.url
         ended = codes(fork([two | environment for two in two_processes()], "store", str(tmp_path))[1])
     assert ended == [0, 0]
-    assert sorted((tmp_path / f"seen-{rank}").read_text() for rank in "01") == ["{'train': 7, 'val': 2, 'test': 1} True"] * 2
+    assert (
+        sorted((tmp_path / f"seen-{rank}").read_text() for rank in "01")
+        == ["{'train': 7, 'val': 2, 'test': 1} True"] * 2
+    )
     assert [path.name for path in (tmp_path / "s3").iterdir()] == ["new"]
 
 
@@ -425,13 +462,23 @@ def train_and_measure(factor, folder):
 
     torch.manual_seed(0)
     net, gan, layer = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), Adversaries(), nn.Linear(5, 3)
-    loop = TrainLoop(net, loader(noise(64, 5), labels(64)), loader(noise(41, 5, seed=3), labels(41)),
-                     optimizer=torch.optim.SGD(net.parameters(), lr=0.1), criterion=CRITERION,
-                     metrics={"accuracy": MulticlassAccuracy(3), "count": Count()})
+    loop = TrainLoop(
+        net,
+        loader(noise(64, 5), labels(64)),
+        loader(noise(41, 5, seed=3), labels(41)),
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        criterion=CRITERION,
+        metrics={"accuracy": MulticlassAccuracy(3), "count": Count()},
+    )
     row = {name: value for name, value in loop.fit(3)[-1].items() if "second" not in name}
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (gan.discriminator, gan.generator)]
-    TrainLoop(gan, loader(noise(16, 4), noise(16, 2, seed=1), size=4), optimizer=optimizers,
-              criterion=nn.BCEWithLogitsLoss(), accumulate=2).fit(3)
+    TrainLoop(
+        gan,
+        loader(noise(16, 4), noise(16, 2, seed=1), size=4),
+        optimizer=optimizers,
+        criterion=nn.BCEWithLogitsLoss(),
+        accumulate=2,
+    ).fit(3)
 
     class StopAt(Callback):
         order = 99
@@ -452,21 +499,32 @@ def train_and_measure(factor, folder):
         one_of_two().fit(3, [Checkpoint(url, every=1), StopAt()])
         resumed = one_of_two()
         resumed.fit(3, [Checkpoint(url, every=1)])
-        again[stop] = all(gather_object([same(resumed.model, whole.model) and outcome(resumed)[1] == outcome(whole)[1]]))
+        again[stop] = all(
+            gather_object([same(resumed.model, whole.model) and outcome(resumed)[1] == outcome(whole)[1]])
+        )
 
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1000)
-    TrainLoop(layer, loader(noise(64, 5), labels(64), size=4), optimizer=optimizer, criterion=CRITERION,
-              scheduler=scheduler, accumulate=2).fit(3)
+    TrainLoop(
+        layer,
+        loader(noise(64, 5), labels(64), size=4),
+        optimizer=optimizer,
+        criterion=CRITERION,
+        scheduler=scheduler,
+        accumulate=2,
+    ).fit(3)
     predicted = TrainLoop(layer).predict(loader(noise(41, 5), torch.arange(41), size=4))[1].tolist()
     torch.manual_seed(loop.accelerator.process_index)
-    shuffled = TrainLoop(nn.Linear(1, 1), loader(torch.arange(44.), size=2, shuffle=True)).train_loader
-    drawn = sorted(gather_object([index for batch, in shuffled for index in batch.tolist()]))
+    shuffled = TrainLoop(nn.Linear(1, 1), loader(torch.arange(44.0), size=2, shuffle=True)).train_loader
+    drawn = sorted(gather_object([index for (batch,) in shuffled for index in batch.tolist()]))
     if loop.accelerator.is_main_process:
         Path(folder).mkdir(exist_ok=True)
         save_file({**net.state_dict(), **gan.state_dict()}, f"{folder}/weights.safetensors")
-        Path(f"{folder}/done.json").write_text(json.dumps({
-            "row": row, "again": again, "drawn": drawn, "moves": scheduler.last_epoch, "predicted": predicted}))
+        Path(f"{folder}/done.json").write_text(
+            json.dumps(
+                {"row": row, "again": again, "drawn": drawn, "moves": scheduler.last_epoch, "predicted": predicted}
+            )
+        )
     loop.accelerator.wait_for_everyone()
     loop.accelerator.end_training()
 

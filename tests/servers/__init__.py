@@ -26,8 +26,13 @@ sys.exit(server.wait() and 1)
 def running(command, log):
     """Run a server as long as the block lasts, its output in the file `log`; yields the Popen of its guard."""
     with open(log, "wb") as output:
-        guard = subprocess.Popen([sys.executable, "-I", "-S", "-c", GUARD, *map(str, command)], stdin=subprocess.PIPE,
-                                 stdout=output, stderr=output, start_new_session=True)
+        guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", GUARD, *map(str, command)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     try:
         yield guard
     finally:
@@ -68,5 +73,10 @@ def listening(port):
 
 def environment(port, key, secret):
     """The standard variables for a server on loopback."""
-    return {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1"}
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }

@@ -106,8 +106,24 @@ def ceph(directory):
         keys = []
         for user in "user", "other":
             keys += [(secrets.token_hex(10).upper(), secrets.token_hex(20))]
-            run("radosgw-admin", "-n", "client.rgw", "user", "create", "--uid", user, "--display-name", user,
-                "--access-key", keys[-1][0], "--secret-key", keys[-1][1])
+            run(
+                "radosgw-admin",
+                "-n",
+                "client.rgw",
+                "user",
+                "create",
+                "--uid",
+                user,
+                "--display-name",
+                user,
+                "--access-key",
+                keys[-1][0],
+                "--secret-key",
+                keys[-1][1],
+            )
         (key, secret), (other_key, other_secret) = keys
-        yield {**environment(port, key, secret),
-               "OTHER_ACCESS_KEY_ID": other_key, "OTHER_SECRET_ACCESS_KEY": other_secret}
+        yield {
+            **environment(port, key, secret),
+            "OTHER_ACCESS_KEY_ID": other_key,
+            "OTHER_SECRET_ACCESS_KEY": other_secret,
+        }

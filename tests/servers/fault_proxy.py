@@ -49,8 +49,9 @@ class FaultProxy(socketserver.ThreadingTCPServer):
 
     daemon_threads, block_on_close, request_queue_size = True, False, 128
 
-    def __init__(self, upstream_url, slow_down_every=0, reset_every=0, truncate_every=0, no_copy=False, delay=0.0,
-                 speed=0):
+    def __init__(
+        self, upstream_url, slow_down_every=0, reset_every=0, truncate_every=0, no_copy=False, delay=0.0, speed=0
+    ):
         super().__init__(("127.0.0.1", 0), Connection)
         upstream = urllib.parse.urlsplit(upstream_url)
         self.upstream, self.url = (upstream.hostname, upstream.port), f"http://127.0.0.1:{self.server_address[1]}"

@@ -71,8 +71,9 @@ class Telegram(ThreadingHTTPServer):
         query = str(next(self.numbers))
         self.queries.add(query)
         below = {"message": message} if message else {"inline_message_id": "1"}
-        self.push(callback_query={"id": query, "from": person(user)["from"], "chat_instance": "1", "data": data,
-                                  **below})
+        self.push(
+            callback_query={"id": query, "from": person(user)["from"], "chat_instance": "1", "data": data, **below}
+        )
         return query
 
     # ----------------------------------------------------------------------------------------- what the bot did
@@ -92,7 +93,7 @@ class Telegram(ThreadingHTTPServer):
 
     def reply(self, user, number=0):
         """The bot's message of this number to the user, waited for."""
-        return self.wait(lambda: self.sent(user)[number:number + 1], f"message {number} to {user}")[0]
+        return self.wait(lambda: self.sent(user)[number : number + 1], f"message {number} to {user}")[0]
 
     def called(self, method):
         """The parameters of all calls of a method."""
@@ -140,8 +141,13 @@ class Telegram(ThreadingHTTPServer):
 
     def on_sendmessage(self, parameters):
         user = int(parameters["chat_id"])
-        message = {"message_id": next(self.numbers), "date": int(time.time()), "chat": person(user)["chat"],
-                   "from": self.on_getme(None), **written(parameters)}
+        message = {
+            "message_id": next(self.numbers),
+            "date": int(time.time()),
+            "chat": person(user)["chat"],
+            "from": self.on_getme(None),
+            **written(parameters),
+        }
         self.messages[message["message_id"]] = message
         return message
 
@@ -173,8 +179,10 @@ def refusal(status, description, **parameters):
 
 def person(user):
     """A user and their chat with the bot."""
-    return {"from": {"id": user, "is_bot": False, "first_name": f"User {user}"},
-            "chat": {"id": user, "type": "private", "first_name": f"User {user}"}}
+    return {
+        "from": {"id": user, "is_bot": False, "first_name": f"User {user}"},
+        "chat": {"id": user, "type": "private", "first_name": f"User {user}"},
+    }
 
 
 def written(parameters):
