@@ -85,10 +85,11 @@ def test_10_and_11_measure_what_they_say_side_by_side(embedded, tmp_path, bucket
     packed = execute("11", tmp_path, bucket=bucket, packed_images=64, delay=0.001)
     for name in ("packed_over_webdataset", *["packed_over_litdata"] * bool(find_spec("litdata"))):
         assert packed[name] > 0.1, name
-    loose, cached, packs = packed["cost"]
-    # 64 images are 64 GETs at $0.0004 a thousand, and the listing is a GET for each folder or for all of them
-    assert 0.4 < loose["dollars_per_million_first_epoch"] < 0.5 and loose["dollars_per_million_second_epoch"] == 0.4
-    assert cached["dollars_per_million_second_epoch"] == 0
-    assert packs["dollars_per_million_first_epoch"] < 0.05, "the index and the shard: 2 or 3 GETs for 64 images"
+    gets = packed["gets"]
+    assert gets["loose"] == [64, 64] and gets["loose, cached on disk"] == [64, 0]
+    assert max(gets["packed"] + gets["packed, in blocks"]) <= 3, "the index and the one shard, then nothing"
+    million = packed["cost"][-1]
+    assert million["packed, fully random, $ a million"] > 0.3, "of a million images few lie side by side"
+    assert million["packed, in blocks, $ a million"] < 0.005 and million["loose, $ a million"] == 0.4
     assert {"plots/packed.png", "plots/requests.png", "rounds.json"} <= storage.objects(packed["run"]).keys()
     assert "images" not in storage.buckets() and dict(os.environ) == before, "they measure on a server of their own"

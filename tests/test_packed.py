@@ -304,6 +304,19 @@ def test_neighbours_in_a_shard_come_with_one_request(packed):
     assert sorted(shown) == sorted(plain(raw("s3://pictures/photos"), range(60)))
 
 
+def test_in_blocks_each_image_comes_once_beside_its_neighbours_and_each_seed_has_its_order(packed):
+    folder = raw(packed)
+    order = pack.order_blocks(folder, block=5)
+    assert sorted(order) == list(range(60)) and order != pack.order_blocks(folder, block=5, seed=1)
+    spans = [folder.span(index) for index in order]
+    for block in range(0, 60, 5):
+        inside = spans[block : block + 5]
+        near = [a.last <= b.first or a.object != b.object for a, b in zip(inside, inside[1:])]
+        assert all(near) and len({span.object for span in inside}) <= 2
+    assert [span.object for span in spans] != sorted(span.object for span in spans), "the blocks are shuffled"
+    assert sorted(items(images.loader(folder, 6, sampler=order))) == sorted(plain(folder, range(60)))
+
+
 def test_a_small_pack_stays_in_memory_for_other_epochs_and_loaders(packed):
     folder = raw(packed)
     first = items(images.loader(folder, 7, shuffle=True))

@@ -26,7 +26,7 @@ from helpers import storage
 def describe_machine():
     """What the measurements depend on: cores, memory, processor, and the versions of the libraries."""
     names = ("torch", "torchvision", "obstore", "boto3", "s3fs", "opencv-python-headless", "s3torchconnector", "datasets",
-             "spdl", "webdataset", "litdata", "mosaicml-streaming")
+             "spdl", "s3dlio", "webdataset", "litdata", "mosaicml-streaming")
     found = {"cores": os.cpu_count(), "GB": round(psutil.virtual_memory().total / 2**30),
              "processor": platform.processor() or platform.machine(), "python": platform.python_version()}
     for name in names:
@@ -53,7 +53,7 @@ async def handle(reader, writer):
     async def ask():
         global asked
         while data := await reader.read(2**18):
-            asked += data.startswith((b"GET ", b"HEAD "))  # a client waits for the answer before it sends the next one
+            asked += data.startswith(b"GET ") and b"?" not in data.split(b"\\r", 1)[0]  # with a ? it is a listing
             target.write(data)
         target.close()
     async def answer():
@@ -107,7 +107,7 @@ class Servers:
             storage.connect()
 
     def count_requests(self):
-        """GETs and HEADs that reached the far server since this was last called."""
+        """GETs of objects that reached the far server since this was last called."""
         self.proxy.stdin.write("\n")
         self.proxy.stdin.flush()
         return int(self.proxy.stdout.readline())

@@ -159,3 +159,9 @@ def pack(url, packed_url=None, shard_bytes=64 * 2**20, seed=0):
         write_shards(packing)
     storage.delete(f"{packed_url}/index")
     return packed_url
+
+def order_blocks(folder, block=256, seed=0):
+    """The indices of a packed S3ImageFolder in blocks of neighbours, the blocks shuffled by seed: a loader's `sampler`."""
+    order = np.lexsort((folder.table.firsts, folder.table.places))
+    blocks = np.split(order, range(block, len(order), block))
+    return np.concatenate([blocks[i] for i in np.random.default_rng(seed).permutation(len(blocks))]).tolist()
