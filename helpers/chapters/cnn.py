@@ -26,7 +26,7 @@ def small_cnn(num_classes, width=32):
     widths = [3, width, 2 * width, 4 * width, 4 * width]
     blocks = [conv_block(inputs, outputs) for inputs, outputs in zip(widths, widths[1:])]
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(widths[-1], num_classes)
-    return nn.Sequential(*blocks, *head)
+    return nn.Sequential(*blocks, *head).to(memory_format=torch.channels_last)
 
 def build(architecture, num_classes, image_size=224):
     """An untrained network: small_cnn, efficientnet_lite0 or one of torchvision's. Raises ValueError for others."""
