@@ -608,7 +608,7 @@ zips.upload(sys.argv[1], sys.argv[2])
 zips.unzip(sys.argv[2] + "/large.zip", sys.argv[2])"""
         + PEAK
     )
-    assert int(finish(code, tmp_path / "large.zip", s3, env=aws(), seconds=400)) < 400
+    assert int(finish(code, tmp_path / "large.zip", s3, env=aws(), seconds=400)) < 350
     assert {name: size for name, (size, *_) in listed(f"{s3}/raw").items()} == {
         f"class{i % 3}/{i}": 50 * MB for i in range(12)
     }
