@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from itertools import zip_longest
-from operator import length_hint
 
 import numpy as np
 import torch
@@ -184,7 +183,10 @@ class TrainLoop:
     @property
     def epoch_batches(self):
         """Batches per epoch and process; infinite for a stream without a length."""
-        return length_hint(self.train_loader) or math.inf
+        try:
+            return len(self.train_loader)
+        except TypeError:
+            return math.inf
 
     @property
     def total_steps(self):
