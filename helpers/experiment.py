@@ -75,6 +75,11 @@ def load_model(url):
     return safetensors.torch.load(weights), config
 
 
+def _to_json(values):
+    """Values as a JSON file, without secrets."""
+    return redact(json.dumps(values, indent=1))[0].encode()
+
+
 def _code():
     """The source that has run, without secrets: a notebook's executed cells, or the script."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -119,7 +124,7 @@ class Run:
     def __init__(self, url, **hyperparameters):
         self.started, self.lock = datetime.now(timezone.utc), threading.Lock()
         self.finished = self.lost = False  # the lease, to another process
-        data, code = redact(json.dumps(hyperparameters, indent=1))[0].encode(), _code()
+        data, code = _to_json(hyperparameters), _code()
         self.url = _choose(str(url).rstrip("/"), self.started.strftime("%Y-%m-%dT%H-%M-%S.%f"), json.loads(data), code)
         _write_lease(self.url)
         if storage.is_first_process():
@@ -161,7 +166,7 @@ class Run:
     def finish(self, results):
         """Results as metrics.json, report.html, then the manifest, the list of all files: the run is complete."""
         self._write("code.py", _code())
-        self._write("metrics.json", redact(json.dumps(results, indent=1))[0].encode())
+        self._write("metrics.json", _to_json(results))
         if storage.is_first_process():
             self._write("report.html", _render_report(self.url))
         manifest = {
