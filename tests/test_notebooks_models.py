@@ -66,14 +66,15 @@ def test_09_trains_on_two_processes_and_rents_a_machine(embedded, tmp_path, buck
 def test_10_and_11_measure_what_they_say_side_by_side(embedded, tmp_path, bucket):
     before = dict(os.environ)
     results = execute("10", tmp_path, bucket=bucket, loader_images=64, loader_seconds=0.01, scaling=1000, delay=0.001)
+    peers = [f"{name}, at once" for name in ("s3torchconnector",) if find_spec(name)]  # make bench installs it
     for name in (
         "boto3 loop, at once",
         "boto3 loop, 1 ms",
         "least_share_of_the_limit",
         "epoch_over_longer_of_fetch_and_compute",
         "cached_epoch_over_local_files",
-        *["s3torchconnector, at once"] * bool(find_spec("s3torchconnector")),
-    ):  # make bench installs it
+        *peers,
+    ):
         assert results[name] > 0.1, f"{name}: a tenth of what it is, even at these sizes, or less"
     kept = json.loads(storage.read(f"{results['run']}/rounds.json"))
     assert kept["machine"]["cores"] and {"boto3 loop", "local files", "S3ImageFolder"} <= {
@@ -83,8 +84,8 @@ def test_10_and_11_measure_what_they_say_side_by_side(embedded, tmp_path, bucket
     assert cv2.imread(str(tmp_path / "chart.png")).shape[1] > 800, "four panels side by side"
 
     packed = execute("11", tmp_path, bucket=bucket, packed_images=64, delay=0.001)
-    for name in ("packed_over_webdataset", *["packed_over_litdata"] * bool(find_spec("litdata"))):
-        assert packed[name] > 0.1, name
+    for name in ("webdataset", *filter(find_spec, ["litdata"])):
+        assert packed[f"packed_over_{name}"] > 0.1, name
     gets = packed["gets"]
     assert gets["loose"] == [64, 64] and gets["loose, cached on disk"] == [64, 0]
     assert max(gets["packed"] + gets["packed, in blocks"]) <= 3, "the index and the one shard, then nothing"

@@ -86,11 +86,13 @@ class Servers:
     def __init__(self, delay):
         self.folder = tempfile.TemporaryDirectory()
         direct = storage.serve(self.folder.name)
+        direct["S3_ENDPOINT_URL"] = direct["AWS_ENDPOINT_URL"]  # mosaicml-streaming's own name for it
         self.home = {name: os.environ.get(name) for name in direct}
         self.proxy = subprocess.Popen(
             [sys.executable, "-c", PROXY, direct["AWS_ENDPOINT_URL"].rsplit(":")[-1], str(delay)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
-        delayed = {**direct, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxy.stdout.readline().strip()}"}
+        address = f"http://127.0.0.1:{self.proxy.stdout.readline().strip()}"
+        delayed = direct | {"AWS_ENDPOINT_URL": address, "S3_ENDPOINT_URL": address}
         self.near, self.far = "at once", f"{delay * 1000:.0f} ms"
         self.environments = {self.near: direct, self.far: delayed}
         self.processes = {process.pid for process in psutil.Process().children(recursive=True)}
@@ -102,7 +104,6 @@ class Servers:
         for variable, value in self.environments.get(name, self.home).items():
             os.environ.pop(variable, None)
             os.environ.update({} if value is None else {variable: value})
-        os.environ["S3_ENDPOINT_URL"] = os.environ.get("AWS_ENDPOINT_URL", "")  # mosaicml-streaming's own name for it
         with redirect_stdout(io.StringIO()):
             storage.connect()
 
@@ -116,7 +117,6 @@ class Servers:
         self.proxy.terminate()
         self.proxy.wait()
         self.connect(None)
-        os.environ.pop("S3_ENDPOINT_URL")
         self.folder.cleanup()
 
 PIXELS = {"2 KB": 64, "8 KB": 144, "100 KB": 640}
@@ -223,11 +223,11 @@ def save_rounds(run, **tables):
     storage.write(f"{run.url}/rounds.json", json.dumps({"machine": describe_machine(), "rounds": rows}, indent=1).encode())
 
 
-def draw(url, path, table="loose"):
-    """A chart of a run's rounds.json: a panel for each setting without workers."""
-    found = {}
-    for row in json.loads(storage.read(url))["rounds"]:
-        if row["table"] == table and row["setting"][2] in (0, "first epoch"):
+def draw(url, path):
+    """A chart of the first table of a run's rounds.json: a panel for each setting without workers."""
+    found, rows = {}, json.loads(storage.read(url))["rounds"]
+    for row in rows:
+        if row["table"] == rows[0]["table"] and row["setting"][2] in (0, "first epoch"):
             contenders = found.setdefault(tuple(row["setting"]), {})
             rates = row["images_per_second"], row["processor_us_per_image"]
             contenders.setdefault(row["contender"], []).append(rates)
