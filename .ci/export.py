@@ -13,5 +13,5 @@ def make_module(**options):
 
 
 os.chdir(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent)  # the header has the notebook's path
-for notebook in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb")):
+for notebook in sorted(Path("notebooks").glob("[0-9][0-9]*_*.ipynb")):
     nb_export(notebook, lib_path="helpers/chapters", mod_maker=make_module, solo_nb=True)

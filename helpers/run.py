@@ -287,7 +287,7 @@ def render_page(outcome, executed):
         "outcome": outcome,
         "facts": list_facts(),
     }
-    html = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', EXPORTER.from_notebook_node(executed, resources)[0])
+    html = re.sub(r'href="(\d\d\w+)\.ipynb"', r'href="\1.html"', EXPORTER.from_notebook_node(executed, resources)[0])
     return storage.redact(re.sub(r'<a href="\.\./[^"]*">(.*?)</a>', r"\1", html))[0]  # the sources are not beside it
 
 
@@ -304,11 +304,15 @@ def render_index(outcomes, total):
 
 def pick(picks):
     """The notebooks meant by numbers, names, paths or URLs; all of notebooks/ when nothing is picked."""
-    known = sorted(str(path) for path in Path("notebooks").resolve().glob("[0-9][0-9]_*.ipynb"))
+    known = sorted(str(path) for path in Path("notebooks").resolve().glob("[0-9][0-9]*_*.ipynb"))
     there = ", ".join(Path(path).stem for path in known) or f"none in {Path('notebooks').resolve()}"
     chosen = [] if picks else known
     for wanted in picks:
-        matches = [path for path in known if wanted in (Path(path).name, Path(path).stem, Path(path).stem[:2])]
+        matches = [
+            path
+            for path in known
+            if wanted in (Path(path).name, Path(path).stem, Path(path).stem.split("_")[0], Path(path).stem[:2])
+        ]
         if wanted.endswith(".ipynb") and ("://" in wanted or Path(wanted).is_file()):
             matches = [wanted if "://" in wanted else str(Path(wanted).resolve())]
         chosen += [path for path in matches if path not in chosen]
@@ -323,7 +327,11 @@ def pick(picks):
 
 def make_parser():
     parser = argparse.ArgumentParser(prog="python -m helpers run", description=__doc__.splitlines()[0])
-    parser.add_argument("notebooks", nargs="*", help="numbers, names, paths or s3:// URLs; all of notebooks/ without")
+    parser.add_argument(
+        "notebooks",
+        nargs="*",
+        help="numbers (04: all pages of that stage, 04a: one), names, paths or s3:// URLs; all of notebooks/ without",
+    )
     parser.add_argument(
         "-p",
         nargs=2,

@@ -11,8 +11,8 @@ from pathlib import Path
 from helpers import run
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-BY_NUMBER = {path.name[:2]: path for path in NOTEBOOKS}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
+BY_NUMBER = {path.name.split("_")[0]: path for path in NOTEBOOKS}
 
 SERVER = """
 import json, os, socket, sys, threading
@@ -80,9 +80,9 @@ class ForkedKernel(run.OwnKernel):
 
 
 def try_to_run(notebooks, parameters, output):
-    """The Outcomes of notebooks by number."""
+    """The Outcomes of notebooks by number: `04` means all pages of that stage, `04a` one of them."""
     return run.run_notebooks(
-        [BY_NUMBER[number] for number in notebooks.split()],
+        [path for number in notebooks.split() for path in NOTEBOOKS if path.name.startswith(number)],
         parameters,
         output,
         functools.partial(run.run_papermill, kernel=ForkedKernel),
