@@ -40,6 +40,10 @@ from obstore.exceptions import BaseError, GenericError
 from obstore.store import S3Store
 from tqdm import tqdm
 
+CONFIGURED_BY = """
+    AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_ACCESS_KEY_ID AWS_PROFILE
+    AWS_WEB_IDENTITY_TOKEN_FILE AWS_CONTAINER_CREDENTIALS_RELATIVE_URI
+""".split()
 SPLITS = ("train", "val", "test")
 THREADS = 32  # transfers in flight: enough to hide 40 ms a request, few enough for a small server
 SILENCE = 60  # seconds without a byte until a connection counts as broken, however long the transfer takes
@@ -66,15 +70,7 @@ def connect():
 
     Raises StorageError when nothing answers or the key is refused.
     """
-    names = (
-        "AWS_ENDPOINT_URL",
-        "AWS_ENDPOINT_URL_S3",
-        "AWS_ACCESS_KEY_ID",
-        "AWS_PROFILE",
-        "AWS_WEB_IDENTITY_TOKEN_FILE",
-        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    )
-    configured = any(map(os.environ.get, names)) or boto3.Session().available_profiles
+    configured = any(map(os.environ.get, CONFIGURED_BY)) or boto3.Session().available_profiles
     if not configured:
         os.environ.update(serve(REPOSITORY / ".s3"))
     try:
@@ -94,15 +90,8 @@ def connect():
             busy = error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500  # busy server may have time later
             if not busy and error.response["Error"]["Code"] not in ("AccessDenied", "403"):
                 raise
-    print(
-        f"S3 at {endpoint}"
-        + (
-            ""
-            if configured
-            else " (embedded server over .s3/; to use your own set "
-            "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION)"
-        )
-    )
+    own = "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION"
+    print(f"S3 at {endpoint}" + ("" if configured else f" (embedded server over .s3/; to use your own set {own})"))
 
 
 def forget_connection():
@@ -136,30 +125,11 @@ def serve(directory):
     # Folders are read again after a second, so that two notebooks, each with its server, see each other's objects.
     # A session of its own keeps the interrupt of a notebook from the server. The shell closes its own errors, which
     # would hide from us that the server has ended.
-    guard = [
-        "sh",
-        "-c",
-        '"$@" & exec 2>&-; cat >/dev/null; kill -9 $!',
-        "guard",
-        rclone,
-        "serve",
-        "s3",
-        "--config",
-        "",
-        "--addr",
-        "127.0.0.1:0",
-        "--dir-cache-time",
-        "1s",
-        str(directory),
-    ]
-    server = subprocess.Popen(
-        guard,
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "RCLONE_AUTH_KEY": f'"{key},{secret}"'},
-    )
+    guard = ["sh", "-c", '"$@" & exec 2>&-; cat >/dev/null; kill -9 $!', "guard"]
+    command = [rclone, *"serve s3 --config= --addr=127.0.0.1:0 --dir-cache-time=1s".split(), str(directory)]
+    environment = {**os.environ, "RCLONE_AUTH_KEY": f'"{key},{secret}"'}
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    server = subprocess.Popen(guard + command, env=environment, start_new_session=True, **pipes)
     output = ""
     while not (address := re.search(r"http://[0-9.]+:[0-9]+", output)):
         if not (line := server.stderr.readline()):
@@ -168,16 +138,9 @@ def serve(directory):
     threading.Thread(target=deque, args=(server.stderr, 0), daemon=True).start()  # a full pipe would stop the server
     _servers.append(server)
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"]))
-    return {
-        "AWS_ENDPOINT_URL": address[0],
-        "AWS_ACCESS_KEY_ID": key,
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        **NOT_AWS,
-        "NO_PROXY": direct,
-        "no_proxy": direct,
-    }  # a company's proxy does not lead to this machine
+    environment = {"AWS_ENDPOINT_URL": address[0], "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
+    environment |= dict.fromkeys(["AWS_REGION", "AWS_DEFAULT_REGION"], "us-east-1") | NOT_AWS
+    return environment | dict.fromkeys(["NO_PROXY", "no_proxy"], direct)  # a company's proxy does not lead here
 
 
 def use_bucket(bucket, profile=None, endpoint_url=None, region=None, unsigned=False, requester_pays=False):
@@ -202,17 +165,12 @@ def client(bucket=None):
 
 @functools.cache
 def _make_client(profile, endpoint_url, region, unsigned, requester_pays):
-    config = Config(
-        max_pool_connections=THREADS,
-        connect_timeout=SILENCE,
-        read_timeout=SILENCE,
-        signature_version=UNSIGNED if unsigned else None,
-    )
+    limits = {"max_pool_connections": THREADS, "connect_timeout": SILENCE, "read_timeout": SILENCE}
+    config = Config(signature_version=UNSIGNED if unsigned else None, **limits)
     made = boto3.Session(profile_name=profile).client("s3", region, endpoint_url=endpoint_url, config=config)
     if requester_pays:
-        made.meta.events.register(
-            "before-sign.s3", lambda request, **_: request.headers.add_header("x-amz-request-payer", "requester")
-        )
+        add_header = lambda request, **_: request.headers.add_header("x-amz-request-payer", "requester")
+        made.meta.events.register("before-sign.s3", add_header)
     return made
 
 
@@ -232,21 +190,15 @@ def store(bucket):
 @functools.cache
 def _make_store(bucket):
     profile, _, _, unsigned, requester_pays = _bucket_options(bucket)
-    session, keys, meta = boto3.Session(profile_name=profile), {"skip_signature": True}, client(bucket).meta
+    session, meta = boto3.Session(profile_name=profile), client(bucket).meta
+    options = {"skip_signature": True}
     if not unsigned and session.get_credentials():  # botocore knows when keys expire: ask it each time
-        keys = {"credential_provider": Boto3CredentialProvider(session, ttl=timedelta(0))}
+        options = {"credential_provider": Boto3CredentialProvider(session, ttl=timedelta(0))}
     limits = {"allow_http": True, "timeout": "365d", "connect_timeout": f"{SILENCE}s", "read_timeout": f"{SILENCE}s"}
     if bundle := botocore.session.get_session().get_config_variable("ca_bundle"):
         limits["root_certificate"] = Path(bundle).read_bytes()
-    return S3Store(
-        bucket,
-        endpoint=meta.endpoint_url,
-        region=meta.region_name,
-        client_options=limits,
-        request_payer=bool(requester_pays),
-        retry_config={"max_retries": 0},
-        **keys,
-    )
+    options |= {"client_options": limits, "request_payer": bool(requester_pays), "retry_config": {"max_retries": 0}}
+    return S3Store(bucket, endpoint=meta.endpoint_url, region=meta.region_name, **options)
 
 
 _obstore_user = {}  # its process, which a forked one inherits
@@ -332,10 +284,8 @@ def redact(text):
         hidden = ([value] if SECRET.search(name) else []) + ([match[1], unquote(match[1])] if match else [])
         # A short one may be a well-known default such as "minioadmin", which any text may mention.
         for secret in [secret for secret in hidden if len(secret) >= 12] + ([f":{match[1]}@"] if match else []):
-            shown = {secret, repr(secret)[1:-1], quote(secret, safe="")}  # as it is, as Python shows it, in an address
-            for written in shown | {
-                json.dumps(form, ensure_ascii=False)[1:-1] for form in shown
-            }:  # and these in a file
+            forms = {secret, repr(secret)[1:-1], quote(secret, safe="")}  # as it is, as Python shows it, in an address
+            for written in forms | {json.dumps(form, ensure_ascii=False)[1:-1] for form in forms}:  # and in a JSON file
                 if written in text:
                     text = text.replace(written, "***")
                     leaked.add(name)
@@ -354,18 +304,8 @@ def progress(total, description, unit="B", **options):
     """The progress bar used everywhere: a line of text, which in a notebook is one output that is updated in place."""
     kernel = type(sys.stdout).__module__ == "ipykernel.iostream"  # not where a cell redirects or captures its output
     file, ascii = (io.StringIO(), False) if kernel else (sys.stdout, None)
-    bar = tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        unit_scale=unit == "B",
-        unit_divisor=1024,
-        ncols=100,
-        mininterval=0.25,
-        file=file,
-        ascii=ascii,
-        **options,
-    )
+    options |= {"unit": unit, "unit_scale": unit == "B", "unit_divisor": 1024, "ncols": 100, "mininterval": 0.25}
+    bar = tqdm(total=total, desc=description, file=file, ascii=ascii, **options)
     if kernel and not bar.disable:
         from IPython.display import display
 
@@ -445,9 +385,8 @@ def delete_bucket(name, contents=False):
         if contents:
             delete(f"s3://{name}")
         elif client(name).list_objects_v2(Bucket=name, MaxKeys=1).get("Contents"):
-            raise StorageError(
-                f"The bucket {name!r} is not empty: delete_bucket({name!r}, contents=True) deletes it all."
-            )
+            way_out = f"delete_bucket({name!r}, contents=True) deletes it all"
+            raise StorageError(f"The bucket {name!r} is not empty: {way_out}.")
         client(name).delete_bucket(Bucket=name)
 
 
@@ -469,15 +408,8 @@ def list_pages(url, convert=list):
         """One answer, and what to ask for next: [(folder, the key after which to go on, whether through boto3)]."""
         if exact:  # slower than obstore, but every key: a//b, a/./b and a/, too
             page = client(bucket).list_objects_v2(Bucket=bucket, Prefix=folder and f"{folder}/", StartAfter=after)
-            items = [
-                {
-                    "path": item["Key"],
-                    "size": item["Size"],
-                    "e_tag": item["ETag"],
-                    "last_modified": item["LastModified"],
-                }
-                for item in page.get("Contents", ())
-            ]
+            names = {"path": "Key", "size": "Size", "e_tag": "ETag", "last_modified": "LastModified"}
+            items = [{name: item[key] for name, key in names.items()} for item in page.get("Contents", ())]
             following = [(folder, items[-1]["path"], True)] if page["IsTruncated"] else []
             return [item for item in items if not item["path"].endswith("/")], following
         items = next(obstore.list(store(bucket), folder or None, offset=after or None, chunk_size=1000), [])
@@ -522,13 +454,8 @@ def open_filesystem(url):
     """The file system and path of any fsspec URL; errors within become StorageErrors that name the URL."""
     bucket = parse(url)[0] if str(url).startswith("s3://") else None
     profile, endpoint_url, region, unsigned, requester_pays = _bucket_options(bucket)
-    options = {
-        "profile": profile,
-        "endpoint_url": endpoint_url,
-        "anon": unsigned,
-        "requester_pays": requester_pays,
-        "client_kwargs": region and {"region_name": region},
-    }
+    options = {"profile": profile, "endpoint_url": endpoint_url, "anon": unsigned, "requester_pays": requester_pays}
+    options["client_kwargs"] = region and {"region_name": region}
     try:
         with translate_errors(url):
             yield fsspec.url_to_fs(str(url), **{name: value for name, value in options.items() if value})
