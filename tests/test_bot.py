@@ -23,7 +23,7 @@ from servers import postgres as pg
 from servers import telegram as tg
 
 from helpers import experiment, storage
-from helpers.chapters import bot
+from helpers.chapters import bot, joke_corpus
 from helpers.chapters import jokes as language
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,7 +152,7 @@ def test_jokes_that_people_like_are_the_next_data_set(notebook, sqlite, tmp_path
     run = experiment.Run(tmp_path / "runs")
     page |= dict(run=run, liked_votes=5, liked_above=0.4)
     page["save_votes"]()
-    read, broken = language.read(f"{run.url}/liked_jokes.csv")
+    read, broken = joke_corpus.read(f"{run.url}/liked_jokes.csv")
     assert read == [joke, other] and not broken  # which notebook 05 takes
     with open(f"{run.url}/votes.csv", newline="") as file:
         table = list(csv.DictReader(file))
@@ -177,7 +177,7 @@ def test_any_text_can_be_told(database):
 
 VOTERS = """
 import itertools, os, threading
-from helpers.chapters import bot
+from helpers.chapters import bot, joke_corpus
 bot.connect()
 with bot.connection():
     jokes = [joke.id for joke in bot.Joke.select()]
@@ -367,7 +367,7 @@ def process(tmp_path, server, *arguments, code=None, ready=True, **env):
 
 CHAT = f"""
 import logging, sys, time
-from helpers.chapters import bot
+from helpers.chapters import bot, joke_corpus
 def model(questions):
     if "Slow?" in questions:
         time.sleep(4)

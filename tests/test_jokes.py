@@ -24,7 +24,7 @@ from servers.embedded import connected
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, BertTokenizer
 
 from helpers import images, run, storage
-from helpers.chapters import jokes
+from helpers.chapters import joke_corpus, jokes
 from helpers.training import TrainLoop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,21 +56,18 @@ def untrained(max_length=64):
     return jokes.load_base("small", PAIRS, max_length)
 
 
-def source(text):
-    """The code of the notebook's cell with this text."""
-    [code] = [
-        each.source
-        for each in nbformat.read(BY_NUMBER["05"], as_version=4).cells
-        if each.cell_type == "code" and text in each.source
-    ]
+def source(text, page="05b"):
+    """The code of the page's cell with this text."""
+    cells = nbformat.read(BY_NUMBER[page], as_version=4).cells
+    [code] = [cell.source for cell in cells if cell.cell_type == "code" and text in cell.source]
     return code
 
 
-def cell(text, **names):
+def cell(text, page="05b", **names):
     """The names that this cell defines."""
-    names = {**vars(jokes), **names}
-    exec(source("import matplotlib"), names)
-    exec(source(text), names)
+    names = {**vars(joke_corpus), **vars(jokes), **names}
+    exec(source("from helpers import experiment", page), names)
+    exec(source(text, page), names)
     return names
 
 
@@ -95,24 +92,24 @@ def test_a_csv_is_read_from_a_path_or_a_bucket_its_columns_found_by_name(tmp_pat
     for options in {}, {"delimiter": ";"}, {"delimiter": "\t"}, {"delimiter": "|"}, {"quoting": csv.QUOTE_ALL}:
         for url in (tmp_path / "jokes.csv", "s3://jokes/some/jokes.csv"):
             written(url, rows, **options)
-            assert jokes.read(url) == (ROWS, 0), (options, url)
+            assert joke_corpus.read(url) == (ROWS, 0), (options, url)
     (tmp_path / "jokes.csv").write_bytes(b"\xef\xbb\xbfQuestion,Answer\r\n\r\nWhy?,Because.\r\n\r\n")  # as Excel does
-    assert jokes.read(tmp_path / "jokes.csv") == ([("Why?", "Because.")], 0)
+    assert joke_corpus.read(tmp_path / "jokes.csv") == ([("Why?", "Because.")], 0)
     short = ["Why?? Because: why not?", "I have no question.", "Only a question?", "Who, me?\nYes."]
-    rows, others = jokes.read(written(tmp_path / "shortjokes.csv", [("ID", "Joke"), *enumerate(short)]))
-    assert others == 2 and jokes.clean(rows)[0] == [("Why??", "Because: why not?"), ("Who, me?", "Yes.")]
+    rows, others = joke_corpus.read(written(tmp_path / "shortjokes.csv", [("ID", "Joke"), *enumerate(short)]))
+    assert others == 2 and joke_corpus.clean(rows)[0] == [("Why??", "Because: why not?"), ("Who, me?", "Yes.")]
 
 
 def test_a_relative_path_is_one_of_the_project_unless_it_is_there_and_what_is_no_csv_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(jokes.read("data_samples/jokes.csv")[0]) > 500
+    assert len(joke_corpus.read("data_samples/jokes.csv")[0]) > 500
     Path("data_samples").mkdir()
     written("data_samples/jokes.csv", [("Question", "Answer"), ROWS[0]])
-    assert jokes.read("data_samples/jokes.csv") == (ROWS[:1], 0)
+    assert joke_corpus.read("data_samples/jokes.csv") == (ROWS[:1], 0)
     written("other.csv", [("ID", "Question", "Reply")])
     for name, said in ("none.csv", "no .*none.csv"), ("other.csv", "Answer.*but id, question, reply"):
         with pytest.raises(storage.StorageError, match=said):
-            jokes.read(name)
+            joke_corpus.read(name)
 
 
 def test_broken_rows_are_counted_and_take_no_other_with_them(tmp_path):
@@ -129,12 +126,12 @@ def test_broken_rows_are_counted_and_take_no_other_with_them(tmp_path):
         '9,Last,"Never ends',
     ]
     (tmp_path / "jokes.csv").write_bytes("\n".join(lines).encode("latin-1"))
-    rows, broken = jokes.read(tmp_path / "jokes.csv")
+    rows, broken = joke_corpus.read(tmp_path / "jokes.csv")
     assert rows == [("Why?", "Because."), ("Fine?", "Fine."), ("Comma, here", "Good.")] and broken == 6
 
 
 def test_more_text_is_found_in_files_folders_globs_and_prefixes(tmp_path):
-    find = cell("def find_texts(")["find_texts"]
+    find = cell("def find_texts(", "05a")["find_texts"]
     for name in ("a.txt", "deep/b.txt", "deep/c.csv", "deep/d.json"):
         for place in (tmp_path / "extra", "s3://jokes/extra"):
             storage.write(f"{place}/{name}", b"Hello.")
@@ -176,10 +173,10 @@ UNTOUCHED = [
 
 def test_what_does_not_belong_to_a_joke_is_taken_off_and_shown_and_what_does_stays():
     for what, answer in ((what, answer) for what, answers in CLEANED.items() for answer in answers):
-        kept, report = jokes.clean([("Why?", answer)])
+        kept, report = joke_corpus.clean([("Why?", answer)])
         assert kept == [("Why?", "Because.")] == [report[what][-1][1]]
-    assert jokes.clean([("“Why”  so &amp; so?", "  It‘s “what”")])[0] == [('"Why" so & so?', 'It\'s "what"')]
-    kept, report = jokes.clean(UNTOUCHED)
+    assert joke_corpus.clean([("“Why”  so &amp; so?", "  It‘s “what”")])[0] == [('"Why" so & so?', 'It\'s "what"')]
+    kept, report = joke_corpus.clean(UNTOUCHED)
     assert kept == UNTOUCHED and not any(report.values())
 
 
@@ -198,7 +195,7 @@ def test_empties_lengths_and_duplicates_are_dropped_and_counted():
         (old[0], "To get across it."),
         (old[0], "For a worm."),
     ]  # another punch line
-    kept, report = jokes.clean(rows)
+    kept, report = joke_corpus.clean(rows)
     assert kept == [joke, old, rows[-1]]
     assert (len(report["empty"]), len(report["too long"])) == (4, 1)
     assert report["near duplicate"] == [(rows[8], old)] and report["exact duplicate"] == [(rows[7], joke)]
@@ -208,7 +205,7 @@ def test_near_duplicates_are_found_among_thousands():
     words = random.Random(0).choices([f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrstp"], k=60_000)
     many = [(" ".join(words[i : i + 12]), " ".join(words[i + 12 : i + 20])) for i in range(0, 60_000, 20)]
     copies = [(question + " then", answer) for question, answer in many[::10]]
-    found = jokes.near_duplicates(many + copies)
+    found = joke_corpus.near_duplicates(many + copies)
     assert found[: len(many)] == [None] * len(many)
     assert sum(twin == joke for twin, joke in zip(found[len(many) :], many[::10])) > 0.97 * len(copies)
 
@@ -423,7 +420,7 @@ def test_capitals_cost_little_where_they_are_expected():
 def good(joker, told):
     """Assert what is true of every joke."""
     for question, answer in told:
-        assert jokes.words(question) and jokes.words(answer) and "\ufffd" not in question + answer
+        assert joke_corpus.words(question) and joke_corpus.words(answer) and "\ufffd" not in question + answer
         assert (question, answer) == (question.strip(), answer.strip())
         assert not any(token in question + answer for token in joker.tokenizer.all_special_tokens)
         assert not answer.lower().startswith(question.lower())
@@ -469,7 +466,7 @@ def test_what_is_no_joke_is_told_again_three_times_then_cut_after_a_sentence_or_
 
 @pytest.mark.slow
 def test_the_page_compares_models_on_two_processes_with_lora_and_more_text(tmp_path, bucket):
-    some, extra = jokes.read("data_samples/jokes.csv")[0][:100], "s3://jokes/more/"
+    some, extra = joke_corpus.read("data_samples/jokes.csv")[0][:100], "s3://jokes/more/"
     table = written(tmp_path / "some.csv", [("Question", "Answer"), *some])
     written(f"{extra}a.csv", [("Joke",), ("Why is it so? It is.",), ("No question.",), (" ".join(some[0]),)])
     storage.write(f"{extra}b.txt", b"Ladies and gentlemen, thank you for coming. " * 40)
@@ -479,9 +476,9 @@ def test_the_page_compares_models_on_two_processes_with_lora_and_more_text(tmp_p
     ).split()
     done = subprocess.run([sys.executable, *words], cwd=storage.REPOSITORY, capture_output=True, text=True, timeout=400)
     assert not done.returncode, done.stdout
-    page = (tmp_path / "05_finetune_gpt2.ipynb").read_text()
+    page = (tmp_path / "05a_clean_jokes.ipynb").read_text()
     assert "a.csv: 2 jokes, 1 rows" in page and "91 jokes for training, 10 held out; 1,760 characters" in page
-    results = run.read_results(tmp_path / "05_finetune_gpt2.ipynb")
+    results = run.read_results(tmp_path / "05b_finetune_gpt2.ipynb")
     full, lora = results["models"]
     assert (full["model"], lora["model"]) == ("small", "small-lora")
     assert lora["megabytes"] == full["megabytes"] and lora["trained_weights"] < full["trained_weights"] / 9

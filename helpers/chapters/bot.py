@@ -152,12 +152,12 @@ class People:
 
 def load_sources(urls, **sampling):
     """{name: source} of models of notebook 05, with these settings of Joker.tell, and of .csv files, by their URLs."""
-    from helpers.chapters import jokes  # here: transformers take their time
+    from helpers.chapters import joke_corpus, jokes  # here: transformers take their time
 
     sources = {}
     for url in urls:
         if url.endswith(".csv"):
-            pairs, _ = jokes.clean(jokes.read(url)[0])
+            pairs, _ = joke_corpus.clean(joke_corpus.read(url)[0])
             if not pairs:
                 raise storage.StorageError(f"{url} holds no jokes.")
             sources[url.rpartition("/")[2]] = People(pairs)
