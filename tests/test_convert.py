@@ -22,7 +22,8 @@ from executed import BY_NUMBER
 from helpers import experiment, images, storage
 from helpers.callbacks import Checkpoint, ClipGradients, LearningRate
 from helpers.chapters import convert, evaluation
-from helpers.chapters.convert import PADDING, Batches, ConveRT, Dialogues, Tokenizer, collate, preset
+from helpers.chapters.convert import PADDING, ConveRT, Tokenizer, collate, preset
+from helpers.chapters.dialogues import Batches, Dialogues
 from helpers.training import Callback, TrainLoop
 from servers import free_port
 from servers.embedded import connected
@@ -62,7 +63,7 @@ def s3(embedded_env):
 @pytest.fixture(scope="module")
 def chitchat(s3):
     """The conversations that the page puts into the bucket by default."""
-    cells = nbformat.read(BY_NUMBER["04"], as_version=4).cells
+    cells = nbformat.read(BY_NUMBER["04b"], as_version=4).cells
     names = {
         "chitchat_dataset": chitchat_dataset,
         "itertools": itertools,
