@@ -38,9 +38,8 @@ class LearningRate(Callback):
         make = self.schedule
         if not callable(make):
             if math.isinf(loop.total_steps):
-                raise ValueError(
-                    "A schedule must know where training ends: with a loader that has no length, use fit(num_steps=…)."
-                )
+                way_out = "with a loader that has no length, use fit(num_steps=…)"
+                raise ValueError(f"A schedule must know where training ends: {way_out}.")
             batches = min(loop.epoch_batches, loop.total_steps)
             moves = math.ceil(batches / loop.accumulate) if self.every == "step" else 1  # in an epoch
             total = math.ceil(loop.total_steps * moves / batches)
@@ -165,14 +164,9 @@ def plot_history(history):
     pyplot.close(figure)
     for axis, (title, columns) in zip(axes[0], panels.items()):
         for name in columns:
-            data = name.split("_")[0]
-            axis.plot(
-                [row["epoch"] for row in history],
-                [row.get(name) for row in history],
-                marker=".",
-                label=data,
-                color=colors.get(data, "tab:blue"),
-            )
+            data, epochs = name.split("_")[0], [row["epoch"] for row in history]
+            values = [row.get(name) for row in history]
+            axis.plot(epochs, values, marker=".", label=data, color=colors.get(data, "tab:blue"))
         axis.set(title=title, xlabel="epoch")
         if len(columns) > 1:
             axis.legend(frameon=False)

@@ -40,12 +40,8 @@ def _load(url):
 
 def to_safetensors(tensors):
     """{name: tensor} as the bytes of a safetensors file."""
-    return safetensors.torch.save(
-        {
-            name: tensor.cpu().clone(memory_format=torch.contiguous_format)  # no shared memory
-            for name, tensor in tensors.items()
-        }
-    )
+    own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return safetensors.torch.save(own)  # which refuses tensors that share memory
 
 
 def save_model(model, url, **config):
@@ -94,14 +90,9 @@ def _code():
 def _environment():
     """What the code runs on: Python, platform, device, packages, and the current folder's git commit, if it has one."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    commit = ""
+    commit, command = "", "git describe --always --dirty --abbrev=40 --exclude=*".split()
     with suppress(OSError, subprocess.SubprocessError):  # without git
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        ).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -158,10 +149,8 @@ class Run:
 
     def save_predictions(self, outputs, targets):
         """Two tensors or arrays as predictions.safetensors, for `safetensors.torch.load(storage.read(url))`."""
-        self._write(
-            "predictions.safetensors",
-            to_safetensors({"outputs": torch.as_tensor(outputs), "targets": torch.as_tensor(targets)}),
-        )
+        tensors = {"outputs": torch.as_tensor(outputs), "targets": torch.as_tensor(targets)}
+        self._write("predictions.safetensors", to_safetensors(tensors))
 
     def finish(self, results):
         """Results as metrics.json, report.html, then the manifest, the list of all files: the run is complete."""
@@ -254,33 +243,19 @@ def compare(url, metric=None):
     The best run is that of the best `metric`, by default the first accuracy, loss or the like of the newest results.
     """
     url, names = str(url).rstrip("/"), {*storage.list_files(url)}
-    runs = {name.rpartition("/")[0] for name in names if name.endswith("/hyperparameters.json")}
-    runs = sorted(
-        (run for run in runs if not runs & {*map(str, PurePosixPath(run).parents)}),  # not those within a run
-        key=lambda run: (run.rpartition("/")[2], run),
-        reverse=True,
-    )
+    found = {name.rpartition("/")[0] for name in names if name.endswith("/hyperparameters.json")}
+    runs = [run for run in found if not found & {*map(str, PurePosixPath(run).parents)}]  # not those within a run
+    runs.sort(key=lambda run: (run.rpartition("/")[2], run), reverse=True)
     with ThreadPoolExecutor(THREADS) as pool:
         asked = list(pool.map(lambda run: _load(f"{url}/{run}/hyperparameters.json"), runs))
         ended = pool.map(lambda run: _load(f"{url}/{run}/metrics.json") if f"{run}/metrics.json" in names else {}, runs)
-    differ = [
-        name
-        for name in _columns(asked)
-        if len({json.dumps(values[name]) if name in values else "" for values in asked}) > 1
-    ]
-    rows = [
-        {
-            "run": run,
-            "finished": f"{run}/manifest.json" in names,
-            "newest": run == runs[0],
-            "best": False,
-            "hyperparameters": {name: values[name] for name in differ if name in values},
-            "metrics": {
-                name: value for name, value in found.items() if type(value) in (int, float) and math.isfinite(value)
-            },
-        }
-        for run, values, found in zip(runs, asked, ended)
-    ]
+    differ = [name for name in _columns(asked) if len({repr(values.get(name, ...)) for values in asked}) > 1]
+    rows = []
+    for run, values, results in zip(runs, asked, ended):
+        numbers = {name: x for name, x in results.items() if type(x) in (int, float) and math.isfinite(x)}
+        chosen = {name: values[name] for name in differ if name in values}
+        row = {"run": run, "hyperparameters": chosen, "metrics": numbers, "best": False}
+        rows.append(row | {"finished": f"{run}/manifest.json" in names, "newest": run == runs[0]})
     metrics = _columns(row["metrics"] for row in rows)
     if metric and metrics and metric not in metrics:
         raise ValueError(f"No run at {url} has a metric {metric!r}; there are: {', '.join(metrics)}.")

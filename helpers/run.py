@@ -124,10 +124,8 @@ def plan_runs(notebooks, parameters, sweep=False):
     known = {notebook: papermill.inspect_notebook(notebook) if parameters else {} for notebook in notebooks}
     names = set().union(*known.values())
     if unknown := set(parameters) - names:
-        raise ValueError(
-            f"no parameter {', '.join(sorted(unknown))} in these notebooks; there are: "
-            + (", ".join(sorted(names)) or "none")
-        )
+        there = ", ".join(sorted(names)) or "none"
+        raise ValueError(f"no parameter {', '.join(sorted(unknown))} in these notebooks; there are: {there}")
     outcomes = []
     for notebook in notebooks:
         own = {name: value for name, value in parameters.items() if name in known[notebook]}
@@ -205,10 +203,8 @@ def describe_error(error, executed=None):
     if not begun:  # not even the kernel came up
         return line, ""
     source = begun[-1].source.splitlines()
-    return (
-        f"In [{begun[-1].get('execution_count') or '*'}]: {line}",
-        "\n".join(source[:6] + ["..."] * (len(source) > 6)),
-    )
+    shown = source[:6] + ["..."] if len(source) > 6 else source
+    return f"In [{begun[-1].get('execution_count') or '*'}]: {line}", "\n".join(shown)
 
 
 def read_results(notebook):
@@ -235,12 +231,9 @@ def find_title(notebook):
 
 def find_figures(notebook):
     """The first and the last figure as data: URLs (one when there is only one)."""
-    urls = [
-        f"data:{kind};base64,{''.join(data[kind].split())}"
-        for data in read_outputs(notebook)
-        for kind in ("image/png", "image/jpeg")
-        if kind in data
-    ]
+    kinds = "image/png", "image/jpeg"
+    found = [(kind, data[kind]) for data in read_outputs(notebook) for kind in kinds if kind in data]
+    urls = [f"data:{kind};base64,{''.join(data.split())}" for kind, data in found]
     return urls[:1] + urls[1:][-1:]
 
 
@@ -254,13 +247,8 @@ def sanitize(html):
     """HTML that a cell displayed, without scripts: a class or a file may have any name."""
     attributes = {"*": ["class", "id", "style", "colspan"], "a": ["href"], "img": ["src", "alt"]}
     tags = bleach.ALLOWED_TAGS | set("h1 h2 h3 h4 p div span pre br hr img table thead tbody tr th td del".split())
-    return bleach.clean(
-        html,
-        tags,
-        attributes,
-        {*bleach.ALLOWED_PROTOCOLS, "data"},  # data: pictures
-        css_sanitizer=CSSSanitizer(["text-align"]),
-    )
+    protocols = {*bleach.ALLOWED_PROTOCOLS, "data"}  # data: pictures
+    return bleach.clean(html, tags, attributes, protocols, css_sanitizer=CSSSanitizer(["text-align"]))
 
 
 EXPORTER = HTMLExporter(
@@ -293,12 +281,8 @@ def render_page(outcome, executed):
 
 def render_index(outcomes, total):
     """The page of a run: a card per notebook."""
-    template = jinja2.Template(
-        storage.REPOSITORY.joinpath("helpers/index.html.j2").read_text(encoding="utf-8"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    source = storage.REPOSITORY.joinpath("helpers/index.html.j2").read_text(encoding="utf-8")
+    template = jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return template.render(outcomes=outcomes, total=total, facts=list_facts(), format_duration=format_duration)
 
 
@@ -308,11 +292,11 @@ def pick(picks):
     there = ", ".join(Path(path).stem for path in known) or f"none in {Path('notebooks').resolve()}"
     chosen = [] if picks else known
     for wanted in picks:
-        matches = [
-            path
-            for path in known
-            if wanted in (Path(path).name, Path(path).stem, Path(path).stem.split("_")[0], Path(path).stem[:2])
-        ]
+        matches = []
+        for path in known:
+            name, stem = Path(path).name, Path(path).stem
+            if wanted in (name, stem, stem.split("_")[0], stem[:2]):
+                matches.append(path)
         if wanted.endswith(".ipynb") and ("://" in wanted or Path(wanted).is_file()):
             matches = [wanted if "://" in wanted else str(Path(wanted).resolve())]
         chosen += [path for path in matches if path not in chosen]
@@ -332,20 +316,10 @@ def make_parser():
         nargs="*",
         help="numbers (04: all pages of that stage, 04a: one), names, paths or s3:// URLs; all of notebooks/ without",
     )
-    parser.add_argument(
-        "-p",
-        nargs=2,
-        action="append",
-        default=[],
-        dest="parameters",
-        metavar=("NAME", "VALUE"),
-        help="a parameter, for each of these notebooks that has it",
-    )
-    parser.add_argument(
-        "--sweep",
-        action="store_true",
-        help="values with commas between them: run each combination, and compare the results",
-    )
+    given = {"nargs": 2, "action": "append", "default": [], "dest": "parameters", "metavar": ("NAME", "VALUE")}
+    parser.add_argument("-p", help="a parameter, for each of these notebooks that has it", **given)
+    each = "values with commas between them: run each combination, and compare the results"
+    parser.add_argument("--sweep", help=each, action="store_true")
     parser.add_argument("-o", "--output", help="folder or s3:// URL for the results; by default in runs/")
     return parser
 

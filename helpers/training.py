@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from helpers.storage import progress
 
+KEPT = "num_workers collate_fn pin_memory generator worker_init_fn multiprocessing_context persistent_workers"
 REFRESH = 0.25  # seconds between readings of the loss: each waits for the device, so not at every step
 
 
@@ -120,14 +121,9 @@ class TrainLoop:
         shards itself for training; what cannot be divided is evaluated whole by every process.
         """
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
-        if (
-            loader is None
-            or processes == 1
-            or isinstance(loader.dataset, IterableDataset)
-            or loader.batch_sampler is None
-            or not even
-            and len(loader) < processes
-        ):
+        if loader is None or processes == 1 or isinstance(loader.dataset, IterableDataset):
+            return loader
+        if loader.batch_sampler is None or not even and len(loader) < processes:
             return loader
         if isinstance(loader.sampler, RandomSampler) and loader.sampler.generator is None:
             [seed] = broadcast_object_list([torch.initial_seed()])
@@ -346,10 +342,9 @@ class TrainLoop:
     def load_state_dict(self, state):
         """Continue from what `state_dict` returned. Raises ValueError for other processes, optimizers or callbacks."""
         if (count := len(state["processes"])) != self.accelerator.num_processes:
-            raise ValueError(
-                f"This training was begun with {count} processes and cannot go on with "
-                f"{self.accelerator.num_processes}: use as many, or another place for its checkpoints."
-            )
+            here = self.accelerator.num_processes
+            way_out = "use as many, or another place for its checkpoints"
+            raise ValueError(f"This training was begun with {count} processes and cannot go on with {here}: {way_out}.")
         for part, saved in zip(self._parts(), state["parts"], strict=True):
             part.load_state_dict(saved)
         for optimizer in self.optimizers:
@@ -380,13 +375,11 @@ def _random_sources(device, *loaders):
     if device.type != "cpu":
         module = torch.get_device_module(device)
         sources[device.type] = (module.get_rng_state, module.set_rng_state)
-    owners = [
-        owner
-        for loader in loaders
-        if loader is not None
-        for owner in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
-    ]
-    generators = dict.fromkeys(getattr(owner, "generator", None) for owner in owners)
+    generators = {}  # as an ordered set: loaders may share one
+    for loader in loaders:
+        batches = getattr(loader, "batch_sampler", None)
+        for owner in loader, getattr(loader, "sampler", None), getattr(batches, "sampler", None):
+            generators[getattr(owner, "generator", None)] = None
     generators.pop(None, None)
     return sources | {f"loader {i}": (each.get_state, each.set_state) for i, each in enumerate(generators)}
 
@@ -416,13 +409,5 @@ def best_precision():
 
 def _replace_order(loader, batch_sampler):
     """A loader like this one, with its batches drawn by batch_sampler."""
-    names = (
-        "num_workers",
-        "collate_fn",
-        "pin_memory",
-        "generator",
-        "worker_init_fn",
-        "multiprocessing_context",
-        "persistent_workers",
-    )
-    return DataLoader(loader.dataset, batch_sampler=batch_sampler, **{name: getattr(loader, name) for name in names})
+    kept = {name: getattr(loader, name) for name in KEPT.split()}
+    return DataLoader(loader.dataset, batch_sampler=batch_sampler, **kept)
