@@ -232,9 +232,9 @@ def test_loss_is_a_smoothed_softmax_over_the_replies_of_the_batch(multi_context)
             ),
         )
 
-    contexts, replies = [read("context", model.context_tower)], read("reply", model.reply_tower)
+    contexts, replies = [read("context", model.towers["context"])], read("reply", model.towers["reply"])
     if multi_context:
-        extra = read("extra", model.extra_tower)
+        extra = read("extra", model.towers["extra"])
         extra = torch.stack(
             [extra[0], contexts[0][1], extra[2]]
         )  # where there are no turns before, the last stands for them
@@ -284,7 +284,7 @@ def test_a_bag_is_what_blocks_that_change_nothing_read_and_trains_neither_them_n
     assert torch.allclose(model(rows), read, atol=1e-3) and not read[2].any()
     model.train().get_loss({"context": rows, "reply": ids(3, 4, 5, 6)}).backward()
     trained = {name.split(".")[0] for name, weight in model.named_parameters() if weight.grad is not None}
-    assert trained == {"similarity", "pieces", "reduction", "context_tower", "reply_tower"}
+    assert trained == {"similarity", "pieces", "reduction", "towers"}
     assert not any(weight.requires_grad for weight in model.blocks.parameters()), (
         "of which DDP would wait for gradients"
     )
@@ -310,7 +310,7 @@ def test_many_texts_are_encoded_in_their_order_and_evaluation_encodes_once(token
     assert torch.allclose(vectors[[0, 333, 639]], model.encode_reply([texts[0], texts[333], texts[639]]), atol=1e-5)
     assert model.encode_context([]).shape == (0, 16)
     calls = []
-    model.context_tower.register_forward_hook(lambda *_: calls.append(1))
+    model.towers["context"].register_forward_hook(lambda *_: calls.append(1))
     loader = DataLoader(examples(20), 10, collate_fn=partial(collate, tokenizer=tokenizer))
     TrainLoop(model, val_loader=loader, metrics=evaluation.retrieval()).evaluate(loader)
     assert len(calls) == 2, "two batches"
@@ -396,7 +396,7 @@ def test_the_paper_preset_quantized_takes_no_more_than_59_mb(tmp_path):
     convert.save(model, tmp_path)
     assert 50e6 < sum(path.stat().st_size for path in tmp_path.iterdir()) <= 59e6
     loaded = convert.load(tmp_path)
-    assert loaded.pieces.weight.shape == (26_001, 512) and loaded.reply_tower.layers[2].weight.shape == (1024, 1024)
+    assert loaded.pieces.weight.shape == (26_001, 512) and loaded.towers["reply"].layers[2].weight.shape == (1024, 1024)
     assert [block.attention.window for block in loaded.blocks] == [3, 5, 48, 48, 48, 48]
     with pytest.raises(ValueError, match="'huge' is not one of paper, small, tiny"):
         preset("huge")

@@ -4,7 +4,6 @@
 
 import base64
 import itertools
-import json
 import zlib
 from dataclasses import asdict, dataclass, replace
 
@@ -12,6 +11,7 @@ import tokenizers
 import torch
 import torch.distributed.nn.functional
 from sentencepiece import SentencePieceProcessor
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -39,6 +39,7 @@ class Config:
     multi_context: bool = False  # with a tower for the turns before the last one
     quantize: bool = False  # train with embeddings rounded to 8 bits and all else to 16, and save them so
 
+
 TINY = Config(vocab_size=4_000, buckets=100, width=128, attention_width=32, windows=(3, 5, 48), feed_forward=512,
               output_width=128, piece_dropout=0.15)
 SMALL = replace(TINY, vocab_size=8_000, width=256, windows=(3, 48), output_width=512, label_smoothing=0.1)
@@ -53,25 +54,12 @@ def preset(name, **changes):
 
 def train_pieces(texts, vocab_size):
     """Byte pair encoding of lower-case texts, as the bytes of a tokenizer.json."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True))
-    backend.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.NFKC(),
-                                                          tokenizers.normalizers.Lowercase()])
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Metaspace(),
-                                                                tokenizers.pre_tokenizers.Punctuation()])
-    backend.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    backend.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=2, special_tokens=["<unk>"], show_progress=False))
     return backend.to_str().encode()
-
-def split_pieces(backend, texts, limit):
-    """The first pieces of each text, as pairs (id, text); "▁" is a space."""
-    if isinstance(backend, tokenizers.Tokenizer):
-        encodings = backend.encode_batch(texts, add_special_tokens=False)
-        rows = (zip(encoding.ids, [token if token == "▁" else text[start:end]  # one put in front is nowhere in the text
-                                   for token, (start, end) in zip(encoding.tokens, encoding.offsets)])
-                for text, encoding in zip(texts, encodings))
-    else:
-        rows = map(zip, backend.encode(texts), backend.encode(texts, out_type=str))
-    return [list(itertools.islice(row, limit)) for row in rows]
 
 PADDING = 0  # fills short texts up; no piece has this id
 
@@ -83,8 +71,8 @@ class Tokenizer:
     """
 
     def __init__(self, model, config):
-        self.model, self.config = model, config
-        if model.startswith(b"{"):
+        self.model, self.config, self.is_json = model, config, model.startswith(b"{")
+        if self.is_json:
             self.backend = tokenizers.Tokenizer.from_str(model.decode())
             self.backend.no_padding()
             self.backend.no_truncation()
@@ -102,21 +90,27 @@ class Tokenizer:
         return cls(train_pieces(texts, config.vocab_size), config)
 
     def __call__(self, texts):
-        texts, limit = list(texts), self.config.max_length
-        if isinstance(self.backend, tokenizers.Tokenizer):  # without the places in the text, which take longest
-            rows = [row.ids[:limit] for row in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        texts = list(texts)
+        if self.is_json:  # without the places in the text, which take long
+            rows = [row.ids for row in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         else:
-            rows = [row[:limit] for row in self.backend.encode(texts)]
-        return [self._hash(text) if self.unknown in row else [id + 1 for id in row] for text, row in zip(texts, rows)]
+            rows = self.backend.encode(texts)
+        return [self._number(row[:self.config.max_length], text) for row, text in zip(rows, texts)]
 
-    def _hash(self, text):
-        first, buckets = 1 + self.config.vocab_size, self.config.buckets
-        return [first + zlib.crc32(piece.lower().encode()) % buckets if id == self.unknown else id + 1
-                for id, piece in split_pieces(self.backend, [text], self.config.max_length)[0]]
+    def _number(self, row, text):
+        if self.unknown not in row:
+            return [id + 1 for id in row]
+        buckets = (zlib.crc32(piece.lower().encode()) % self.config.buckets for piece in self.pieces(text))
+        return [1 + (self.config.vocab_size + bucket if id == self.unknown else id) for id, bucket in zip(row, buckets)]
 
     def pieces(self, text):
         """The text of each piece, as many as there are ids."""
-        return [piece.replace("▁", " ") for _, piece in split_pieces(self.backend, [text], self.config.max_length)[0]]
+        if self.is_json:  # by their places in the text, where a "▁" put in front of it is not
+            row = self.backend.encode(text, add_special_tokens=False)
+            pieces = [token if token == "▁" else text[i:j] for token, (i, j) in zip(row.tokens, row.offsets)]
+        else:
+            pieces = self.backend.encode(text, out_type=str)
+        return [piece.replace("▁", " ") for piece in pieces[:self.config.max_length]]
 
 def embed(ids, places, pieces, tables):
     """ids and places in the text, both (tokens,) -> (tokens, width): the piece's vector plus a row of each table."""
@@ -124,6 +118,11 @@ def embed(ids, places, pieces, tables):
     for table in tables:
         x = x + table(places % table.num_embeddings)
     return x
+
+def pad(rows):
+    """Lists of ids -> (rows, longest)."""
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=PADDING)
+
 
 class Layout:
     """Where the real tokens of padded ids (texts, length) are: mask (texts, length), position in its text (tokens,)."""
@@ -227,6 +226,7 @@ class Reader(nn.Module):
                     for number, block in enumerate(self.blocks, 1)]
         return [*windowed, ("pooling", self.reduction)]
 
+    @parametrize.cached()  # weights that are rounded, below, are rounded once for all parts
     def forward(self, ids):
         lengths = (ids != PADDING).sum(1)
         if self.training and self.config.piece_dropout:
@@ -248,7 +248,7 @@ def read_bag(reader, ids):
     """What the towers get if no block changes anything, the pooling's queries are constant, and there are no positions."""
     layout, pooling = Layout(ids), reader.reduction
     queries, keys, _ = pooling.project.bias.split(pooling.widths)
-    table = F.layer_norm(reader.pieces.weight, reader.pieces.weight.shape[1:])
+    table = F.layer_norm(reader.pieces.weight, [reader.config.width])
     keys = F.linear(table, pooling.project.weight.split(pooling.widths)[1], keys)
     weights = ((queries * keys).unflatten(1, (pooling.heads, -1)).sum(2) * pooling.scale).float().exp()
     flat, count = layout.flat(ids), layout.mask.sum(1)
@@ -279,12 +279,17 @@ class Tower(nn.Module):
             x = norm(x + F.silu(GELU * layer(x)) / GELU)
         return F.normalize(self.output(x), dim=1)
 
-def contrast(contexts, replies, scale, smoothing, first=0):
-    """The loss of unit vectors (kinds, texts, width) and (replies, width); text i belongs to replies[first + i]."""
-    targets = torch.arange(first, first + contexts.shape[1], device=replies.device).expand(len(contexts), -1)
+def contrast(contexts, replies, scale, smoothing, same):
+    """The loss of unit vectors (kinds, texts, width) and (replies, width); same (texts, replies): which are right."""
     with torch.autocast(replies.device.type, enabled=False):  # bf16 would lose too much of C times a cosine
         scores = scale * contexts.float() @ replies.float().T
-    return F.cross_entropy(scores.flatten(0, 1), targets.flatten(), label_smoothing=smoothing)
+    targets = (same / same.sum(1, keepdim=True)).expand_as(scores)
+    return F.cross_entropy(scores.flatten(0, 1), targets.flatten(0, 1), label_smoothing=smoothing)
+
+
+def number_rows(ids):
+    """(texts, length) -> a number for each text, the same for equal ones, however padded; large sums wrap around."""
+    return (ids * 1_000_003 ** torch.arange(ids.shape[1], device=ids.device)).sum(1)
 
 TURNS = 10  # at most so many before the last one
 
@@ -293,18 +298,27 @@ def join_older(turns):
     """The turns before the last, newest first, as one text."""
     return " ".join(turns[1:TURNS + 1])
 
+
 def combine(context, older, has_older):
     """Unit vectors (texts, width) of last and of older turns -> of older ones (without any, the last), and of both."""
     older = torch.where(has_older, older, context)
     return [older, F.normalize(context + older, dim=1)]
+
+
+def collate(examples, tokenizer, multi_context=False):
+    """Examples -> {"context": padded ids (examples, length), "reply": … and, for multi_context, "extra": …}."""
+    texts = {"context": [each["turns"][0] for each in examples], "reply": [each["reply"] for each in examples]}
+    if multi_context:
+        texts["extra"] = [join_older(each["turns"]) for each in examples]
+    return {name: pad(tokenizer(each)) for name, each in texts.items()}
 
 class DualEncoder(Reader):
     """Vectors, loss and cosines of batches {"context": padded ids (texts, length), "reply": …, perhaps "extra": …}."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.context_tower, self.reply_tower = Tower(config), Tower(config)
-        self.extra_tower = Tower(config) if config.multi_context else None
+        names = ["context", "reply", *["extra"] * config.multi_context]
+        self.towers = nn.ModuleDict({name: Tower(config) for name in names})
         self.similarity = nn.Parameter(torch.zeros(()))  # C, before it is bounded
         self.evaluated = None, None  # a batch and its vectors
 
@@ -315,25 +329,24 @@ class DualEncoder(Reader):
 
     def encode(self, batch):
         """Contexts (kinds, texts, output_width), of the last turn or, with "extra", of last, older and all; replies."""
-        names = [name for name in ("context", "reply", "extra") if name in batch]
-        length = max(batch[name].shape[1] for name in names)
-        ids = torch.cat([F.pad(batch[name], (0, length - batch[name].shape[1])) for name in names])
-        context, reply, *extra = self(ids).split([len(batch[name]) for name in names])
-        contexts = [self.context_tower(context)]
-        if extra:
-            has_older = (batch["extra"] != PADDING).any(1, keepdim=True)
-            contexts += combine(contexts[0], self.extra_tower(extra[0]), has_older)
-        return torch.stack(contexts), self.reply_tower(reply)
+        length = max(ids.shape[1] for ids in batch.values())
+        ids = torch.cat([F.pad(ids, (0, length - ids.shape[1])) for ids in batch.values()])
+        parts = zip(batch, self(ids).split([len(ids) for ids in batch.values()]))
+        vectors = {name: self.towers[name](part) for name, part in parts}
+        contexts = [vectors["context"]]
+        if "extra" in batch:
+            contexts += combine(*contexts, vectors["extra"], (batch["extra"] != PADDING).any(1, keepdim=True))
+        return torch.stack(contexts), vectors["reply"]
 
     def get_loss(self, batch, criterion=None):
         """The loss over the replies of all processes, averaged over the kinds of contexts."""
         contexts, replies = self.encode(batch)
         self.evaluated = (None, None) if self.training else (batch, (contexts, replies))
-        first = 0
+        own = all = number_rows(batch["reply"])
         if self.training and torch.distributed.is_initialized():
-            first = torch.distributed.get_rank() * len(replies)
-            replies = torch.cat(torch.distributed.nn.functional.all_gather(replies))
-        return contrast(contexts, replies, self.scale, self.config.label_smoothing, first)
+            gather = torch.distributed.nn.functional.all_gather
+            replies, all = torch.cat(gather(replies)), torch.cat(gather(own))
+        return contrast(contexts, replies, self.scale, self.config.label_smoothing, own[:, None] == all)
 
     def get_predictions(self, batch):
         """Cosines (contexts, replies) and which reply is right, for evaluation.retrieval."""
@@ -355,12 +368,12 @@ def initialise(model):
         block.output.weight *= 0.1
         block.feed_forward2.weight *= 0.1
     nn.init.orthogonal_(model.reduction.project.weight[sum(model.reduction.widths[:2]):])  # the values'
-    for tower in (model.context_tower, model.reply_tower, model.extra_tower):
-        if tower is not None:
-            for layer in tower.layers:
-                nn.init.orthogonal_(layer.weight, gain=0.3)
-            nn.init.orthogonal_(tower.output.weight)
-            tower.load_state_dict(model.context_tower.state_dict())
+    first = model.towers["context"]
+    for layer in first.layers:
+        nn.init.orthogonal_(layer.weight, gain=0.3)
+    nn.init.orthogonal_(first.output.weight)
+    for tower in model.towers.values():
+        tower.load_state_dict(first.state_dict())
 
 @torch.no_grad()
 def weigh_pieces(model, rows):
@@ -384,29 +397,24 @@ def eight_bits(rows):
     return (rows / scale).round(), scale
 
 
-def straight_through(weight, rounded):
-    """`rounded`, with the gradient of `weight`."""
-    return weight + (rounded - weight.detach())
+class Rounded(nn.Module):
+    """A weight in 8 bits or in 16 (float16), with the gradient of the exact one."""
 
-def round_rows(module, ids, rows):
-    """A forward hook: an embedding's rows in 8 bits."""
-    values, scale = eight_bits(rows.detach())
-    return straight_through(rows, values * scale)
-
-class SixteenBits(nn.Module):
-    """A weight in 16 bits (float16), with the gradient of the exact one."""
+    def __init__(self, bits):
+        super().__init__()
+        self.bits = bits
 
     def forward(self, weight):
-        return straight_through(weight, weight.detach().half().to(weight.dtype))
+        exact = weight.detach()
+        rounded = torch.mul(*eight_bits(exact)) if self.bits == 8 else exact.half()
+        return weight + (rounded - exact)
+
 
 def round_weights(model):
     """From now on the model computes with embeddings in 8 bits and every other weight but C in 16."""
     for module in list(model.modules())[1:]:  # the first is the model itself, which has C
-        if isinstance(module, nn.Embedding):
-            module.register_forward_hook(round_rows)
-        else:
-            for name, _ in list(module.named_parameters(recurse=False)):
-                parametrize.register_parametrization(module, name, SixteenBits())
+        for name, _ in list(module.named_parameters(recurse=False)):
+            parametrize.register_parametrization(module, name, Rounded(8 if isinstance(module, nn.Embedding) else 16))
 
 class ConveRT(DualEncoder):
     """The dual encoder with its tokenizer, from texts to unit vectors (texts, output_width) on the CPU.
@@ -426,42 +434,39 @@ class ConveRT(DualEncoder):
 
     def encode_context(self, contexts):
         turns = [[context] if isinstance(context, str) else list(context) for context in contexts]
-        vectors = self._encode(self.context_tower, [each[0] for each in turns])
-        if self.extra_tower and any(len(each) > 1 for each in turns):
-            older = self._encode(self.extra_tower, map(join_older, turns))
+        vectors = self._encode("context", [each[0] for each in turns])
+        if "extra" in self.towers and any(len(each) > 1 for each in turns):
+            older = self._encode("extra", map(join_older, turns))
             vectors = combine(vectors, older, torch.tensor([[len(each) > 1] for each in turns]))[1]
         return vectors
 
     def encode_reply(self, replies):
-        return self._encode(self.reply_tower, replies)
+        return self._encode("reply", replies)
 
     @torch.inference_mode()
-    def _encode(self, tower, texts, size=2_048):
+    def _encode(self, name, texts, size=2_048):
         training, ids = self.training, self.tokenizer(texts)
         self.eval()
-        parts = [tower(self(pad(ids[i:i + size]).to(self.similarity.device))).float().cpu()
+        parts = [self.towers[name](self(pad(ids[i:i + size]).to(self.similarity.device))).float().cpu()
                  for i in range(0, len(ids), size)]
         self.train(training)
         return torch.cat(parts) if parts else torch.empty(0, self.config.output_width)
-
-def pad(rows):
-    """Lists of ids -> (rows, longest)."""
-    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=PADDING)
 
 def plain_state(model):
     """The exact weights, under the names that they have in a model that is not quantized."""
     return {name.replace("parametrizations.", "").replace(".original", ""): weight
             for name, weight in model.state_dict().items()}
 
+
 def save(model, url):
     """Save a model with its tokenizer and config under any fsspec URL; a quantized one as int8 and float16."""
     state = plain_state(model)
     if model.config.quantize:
-        state = {name: weight.half() for name, weight in state.items()}
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Embedding):
-                values, state[f"{name}.weight.scale"] = eight_bits(module.weight.detach())
-                state[f"{name}.weight"] = values.to(torch.int8)
+        for name, weight in list(state.items()):
+            state[name] = weight.half()
+            if name.startswith(("pieces", "positions")):
+                values, state[f"{name}.scale"] = eight_bits(weight)
+                state[name] = values.to(torch.int8)
     tokenizer = base64.b85encode(model.tokenizer.model).decode()
     experiment.save_model(state, url, convert=asdict(model.config), tokenizer=tokenizer)
 
@@ -477,10 +482,3 @@ def load(url):
     model = ConveRT(replace(config, quantize=False), Tokenizer(base64.b85decode(saved["tokenizer"]), config))
     model.load_state_dict({name: weight.float() * scales.get(name, 1) for name, weight in state.items()})
     return model.eval()
-
-def collate(examples, tokenizer, multi_context=False):
-    """Examples -> {"context": padded ids (examples, length), "reply": … and, for multi_context, "extra": …}."""
-    texts = {"context": [each["turns"][0] for each in examples], "reply": [each["reply"] for each in examples]}
-    if multi_context:
-        texts["extra"] = [join_older(each["turns"]) for each in examples]
-    return {name: pad(tokenizer(each)) for name, each in texts.items()}
