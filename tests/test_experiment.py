@@ -19,20 +19,18 @@ from pathlib import Path
 
 import cv2
 import matplotlib.figure
-import nbformat
 import numpy as np
-import papermill
 import pytest
 import safetensors.torch
 import torch
 from bs4 import BeautifulSoup
+from IPython.core.interactiveshell import InteractiveShell
 from servers import gcs
 from servers.embedded import connected
 from servers.fault_proxy import fault_proxy
 from torch import nn
 
 from helpers import experiment, storage
-from helpers.run import OwnKernel
 
 SECRET = "AWS_SECRET_ACCESS_KEY"
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,46 +101,29 @@ def full_run(url, **hyperparameters):
 
 
 def test_a_run_leaves_all_its_files_and_a_manifest_that_lists_them(everywhere):
-    url = everywhere
-    run = full_run(url, epochs=2, rate=0.1, sizes=(1, 2), note="é", nothing=None)
+    url, asked = everywhere, {"epochs": 2, "rate": 0.1, "sizes": [1, 2], "note": "é", "nothing": None}
+    run = full_run(url, **asked)
     folder, of = run.url.rsplit("/", 1)
     assert folder == url
+    read = lambda name: storage.read(f"{run.url}/{name}")
     (weights,) = (name for name in storage.list_files(run.url) if name.startswith("model/model-"))
-    manifest = json.loads(storage.read(f"{run.url}/manifest.json"))
+    manifest = json.loads(read("manifest.json"))
     started, finished = (datetime.fromisoformat(manifest[name]) for name in ("started", "finished"))
     assert started == datetime.strptime(f"{of}+0000", "%Y-%m-%dT%H-%M-%S.%f%z") < finished
-    listed = manifest["files"]
-    assert listed == [
-        "code.py",
-        "environment.json",
-        "history.csv",
-        "hyperparameters.json",
-        "metrics.json",
-        weights,
-        "model/model.json",
-        "plots/curves.png",
-        "predictions.safetensors",
-        "report.html",
-    ]
-    assert storage.list_files(url) == sorted(f"{of}/{name}" for name in [*listed, "manifest.json"])
-    assert json.loads(storage.read(f"{run.url}/hyperparameters.json")) == {
-        "epochs": 2,
-        "rate": 0.1,
-        "sizes": [1, 2],
-        "note": "é",
-        "nothing": None,
-    }
-    assert json.loads(storage.read(f"{run.url}/metrics.json")) == {"accuracy": 0.75, "model": "there"}
-    text = storage.read(f"{run.url}/history.csv").decode()
-    assert list(csv.DictReader(io.StringIO(text, newline=""))) == [
+    names = "code.py environment.json history.csv hyperparameters.json metrics.json model/model.json plots/curves.png"
+    assert manifest["files"] == sorted([*names.split(), weights, "predictions.safetensors", "report.html"])
+    assert storage.list_files(url) == sorted(f"{of}/{name}" for name in [*manifest["files"], "manifest.json"])
+    assert json.loads(read("hyperparameters.json")) == asked
+    assert json.loads(read("metrics.json")) == {"accuracy": 0.75, "model": "there"}
+    assert list(csv.DictReader(io.StringIO(read("history.csv").decode(), newline=""))) == [
         {"epoch": "1", "loss": "0.5", "größe, neu": ""},
         {"epoch": "2", "loss": "0.25", "größe, neu": 'a "b"'},
     ]
-    image = storage.read(f"{run.url}/plots/curves.png")
+    image = read("plots/curves.png")
     assert image.startswith(b"\x89PNG\r\n") and cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR).std() > 0
     loaded, config = experiment.load_model(f"{run.url}/model")
     assert same(loaded, linear(1)) and config == {"classes": ["a", "b", "c"]}
-    predictions = safetensors.torch.load(storage.read(f"{run.url}/predictions.safetensors"))
+    predictions = safetensors.torch.load(read("predictions.safetensors"))
     assert predictions["outputs"].tolist() == [[0, 2, 4], [1, 3, 5]] and predictions["targets"].tolist() == [1, 0]
 
 
@@ -163,104 +144,61 @@ def test_only_a_cut_off_run_with_the_same_hyperparameters_and_code_is_taken_up_a
     assert experiment.Run(url, a=1, b=(2, 3)).url > new.url
 
 
-TWO_TERMINALS = """
-import sys, time
+ANOTHER_TERMINAL = """
+import sys
 from helpers import experiment
-experiment.LEASE = 2
 run = experiment.Run(sys.argv[1], epochs=3)
-print(run.url, flush=True)
-if sys.stdin.readline():  # until it is told
-    run.save_history([{"epoch": 1}, {"epoch": 2}])
+run.save_history([{"epoch": 1}, {"epoch": 2}])
 print("saved", flush=True)
-if sys.stdin.readline():
-    run.finish({})
+sys.stdin.readline()  # until it is killed
 """
 
 
-class Terminal:
-    """The script in a process of its own."""
-
-    def __init__(self, script, url):
-        self.process = subprocess.Popen(
-            [sys.executable, script, url],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        self.lines = []
-        while not self.lines or " " in self.lines[-1]:  # its last one is the URL
-            self.lines.append(self.process.stdout.readline().strip())
-            assert self.lines[-1]
-        self.url = self.lines[-1]
-
-    def enter(self):
-        print(file=self.process.stdin, flush=True)
-
-    def save(self):
-        self.enter()
-        assert self.process.stdout.readline() == "saved\n"
-
-    def end(self):
-        self.process.kill()
-        self.process.communicate()
+def test_a_run_that_is_alive_is_left_alone_and_a_killed_one_is_continued(tmp_path, monkeypatch, capsys):
+    command = [sys.executable, "-c", ANOTHER_TERMINAL, url := f"{tmp_path}/runs"]
+    monkeypatch.setattr(experiment, "_code", lambda: b"")  # as there, which is no script either
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        one = other.stdout.readline().removeprefix("starting run ").strip()
+        assert other.stdout.readline() == "saved\n"
+        two = experiment.Run(url, epochs=3)
+        assert two.url != one and capsys.readouterr().out == f"starting run {two.url}\n"
+        two.finish({})
+        other.kill()
+    assert "lease.json" not in storage.list_files(two.url) and "lease.json" in storage.list_files(one)
+    assert experiment.Run(url, epochs=3).url == one
+    assert capsys.readouterr().out == f"continuing run {one}, from epoch 3\n"
 
 
-@pytest.fixture
-def terminals(tmp_path):
-    script, opened = tmp_path / "train.py", []
-    script.write_text(TWO_TERMINALS)
-
-    def start():
-        opened.append(Terminal(script, f"{tmp_path}/runs"))
-        return opened[-1]
-
-    yield start
-    for terminal in opened:
-        terminal.end()
+def lease(run, renewed=1.0):
+    """Another machine's, of a run like those below."""
+    written = json.dumps({"host": "elsewhere", "pid": os.getpid(), "renewed": renewed}).encode()
+    storage.write(f"{run}/lease.json", written)
 
 
-def test_a_run_that_is_alive_is_left_alone_and_a_killed_one_is_continued(terminals):
-    one, two = terminals(), terminals()
-    assert one.lines[0] == f"starting run {one.url}"
-    assert two.url != one.url and two.lines[-2] == f"starting run {two.url}"
-    one.save()
-    one.end()
-    two.enter()
-    two.enter()
-    two.process.wait(30)  # finished
-    assert "lease.json" not in storage.list_files(two.url) and "lease.json" in storage.list_files(one.url)
-    assert terminals().lines == [f"continuing run {one.url}, from epoch 3", one.url]
+def cut_off(url):
+    storage.write(f"{url}/2026-01-01/hyperparameters.json", b'{"a": 1}')
+    storage.write(f"{url}/2026-01-01/code.py", experiment._code())
+    return f"{url}/2026-01-01"
 
 
 def test_the_run_of_another_machine_is_continued_only_when_its_lease_is_not_renewed(monkeypatch, capsys):
     monkeypatch.setattr(experiment, "LEASE", 0.4)
-    for name, leases in ("dead", [1.0]), ("alive", [1.0, 2.0]):
-        url, write = (
-            f"memory://{name}/2026-01-01",
-            lambda renewed: storage.write(
-                f"{url}/lease.json", json.dumps({"host": "elsewhere", "pid": os.getpid(), "renewed": renewed}).encode()
-            ),
-        )
-        storage.write(f"{url}/hyperparameters.json", b'{"a": 1}')
-        storage.write(f"{url}/code.py", experiment._code())
-        write(leases[0])
-        for renewed in leases[1:]:
-            threading.Timer(0.1, write, [renewed]).start()
-        assert (experiment.Run(f"memory://{name}", a=1).url == url) == (name == "dead")
+    for url, alive in ("memory://dead", False), ("memory://alive", True):
+        lease(run := cut_off(url))
+        if alive:
+            threading.Timer(0.1, lease, [run, 2.0]).start()
+        assert (experiment.Run(url, a=1).url != run) == alive
         assert "see whether elsewhere still writes" in capsys.readouterr().out
 
 
 def test_of_two_processes_that_find_a_dead_run_at_the_same_moment_one_continues_it(monkeypatch):
     monkeypatch.setattr(experiment, "LEASE", 6)
-    dead, write_lease = "memory://both/2026-01-01", experiment._write_lease
-    storage.write(f"{dead}/hyperparameters.json", b'{"a": 1}')
-    storage.write(f"{dead}/code.py", experiment._code())
+    dead, write_lease = cut_off("memory://both"), experiment._write_lease
 
     def write_and_be_overtaken(run):
         write_lease(run)
         if run == dead:  # the other one saw no lease either
-            storage.write(f"{run}/lease.json", json.dumps({"host": "elsewhere", "pid": 1, "renewed": 1}).encode())
+            lease(run)
 
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "_write_lease", write_and_be_overtaken)
@@ -271,7 +209,7 @@ def test_of_two_processes_that_find_a_dead_run_at_the_same_moment_one_continues_
 def test_a_process_that_stood_still_for_long_does_not_write_what_another_has_taken_over(monkeypatch):
     monkeypatch.setattr(experiment, "LEASE", 0.2)
     run = experiment.Run("memory://asleep", a=1)
-    storage.write(f"{run.url}/lease.json", json.dumps({"host": "elsewhere", "pid": 1, "renewed": 1}).encode())
+    lease(run.url)
     deadline = time.monotonic() + 20
     while not run.lost and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -299,14 +237,8 @@ assert not {{"helpers.training", "accelerate", "transformers"}} & {{*sys.modules
 def test_a_loop_written_by_hand_needs_three_lines_and_keeps_its_script_without_the_secret(tmp_path):
     script, secret = tmp_path / "train.py", os.environ[SECRET]
     script.write_text(BY_HAND.format(secret=secret), encoding="utf-8")
-    subprocess.run(
-        [sys.executable, script],
-        cwd=tmp_path,
-        check=True,
-        timeout=60,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
     (run,) = (tmp_path / "runs/by_hand").iterdir()
     assert (run / "code.py").read_bytes() == script.read_bytes().replace(secret.encode(), b"***")
     assert len((run / "history.csv").read_text().splitlines()) == 4 and (run / "manifest.json").exists()
@@ -317,8 +249,7 @@ def test_a_loop_written_by_hand_needs_three_lines_and_keeps_its_script_without_t
 
 def git(folder, *arguments):
     settings = ["-c", "user.name=n", "-c", "user.email=e", "-c", "init.defaultBranch=main"]
-    done = subprocess.run(["git", *settings, *arguments], cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    return subprocess.check_output(["git", *settings, *arguments], cwd=folder, text=True).strip()
 
 
 def test_the_environment_names_versions_and_the_commit(tmp_path, monkeypatch):
@@ -347,45 +278,30 @@ def test_the_environment_names_versions_and_the_commit(tmp_path, monkeypatch):
     assert environment()["git_commit"] is None  # no git at all
 
 
-def test_a_run_in_a_notebook_keeps_the_cells_that_ran_and_no_output(tmp_path):
-    """As papermill runs it: with its parameters, magics, a secret that is shown, and a cell that never ran."""
+def test_a_run_in_a_notebook_keeps_the_cells_that_ran_and_no_output(capsys):
+    """With magics, a secret that is shown, and a cell that never ran; first cut off, then again from its start."""
     cells = [
         "import os\nfrom helpers import experiment",
-        "rate = 0.1",
+        "rate = 0.5",
         f"print(os.environ[{SECRET!r}], 'shown')",
         "%time 1 + 1",
-        "run = experiment.Run(url, rate=rate)\nearly = run.url",
+        "run = experiment.Run('memory://notebook', rate=rate)",
         "2 * 'größe'",
         "run.finish({'rate': rate})",
         "'too late'",
     ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
-    notebook.cells[1].metadata["tags"] = ["parameters"]
-    url = "s3://experiments/notebook"
-    cut_off = nbformat.v4.new_notebook(cells=notebook.cells[:6])  # its run is continued: one folder for both
-    for each in cut_off, notebook:
-        papermill.execute_notebook(
-            each,
-            tmp_path / "ran.ipynb",
-            {"rate": 0.5, "url": url},
-            kernel_name="python3",
-            language="python",
-            kernel_manager_class=OwnKernel,
-            cwd=ROOT,
-            progress_bar=False,
-        )
-    assert os.environ[SECRET] in (tmp_path / "ran.ipynb").read_text()
-    (code,) = (storage.read(f"{url}/{name}").decode() for name in storage.list_files(url) if name.endswith("/code.py"))
+    for count in 6, 8:
+        shell = InteractiveShell.instance()
+        try:
+            for cell in cells[:count]:
+                assert shell.run_cell(cell, store_history=True).success
+        finally:
+            shell.clear_instance()
+    assert os.environ[SECRET] in capsys.readouterr().out
+    (code,) = (name for name in storage.list_files("memory://notebook") if name.endswith("/code.py"))
+    code = storage.read(f"memory://notebook/{code}").decode()
     ast.parse(code)  # magics included
-    order = [
-        "# In [1]\nimport os\n",
-        "# In [2]\nrate = 0.1",
-        "rate = 0.5",
-        "experiment.Run(url",
-        "2 * 'größe'",
-        "run.finish({'rate': rate})",
-    ]
-    places = [code.index(part) for part in order]
+    places = [code.index(part) for part in ("# In [1]\nimport os\n", "# In [2]\nrate = 0.5", *cells[4:7])]
     assert places == sorted(places) and "too late" not in code and os.environ[SECRET] not in code
 
 
@@ -414,37 +330,21 @@ def test_runs_of_several_projects_are_compared_and_not_those_within_a_run():
     experiment.Run(f"{real.url}/sweep", epochs=4).finish({"accuracy": 1})
     real.finish({"epochs": 2, "accuracy": 0.5})
     past_run(url, "other/2020-01-01", {}, {"epochs": 9})
-    first, second = experiment.compare(url, "accuracy").rows
-    assert first == {
-        "run": real.url.removeprefix(f"{url}/"),
-        "finished": True,
-        "newest": True,
-        "best": True,
-        "hyperparameters": {"epochs": 3},
-        "metrics": {"epochs": 2, "accuracy": 0.5},
-    }
+    comparison = experiment.compare(url)
+    assert comparison.metric == "accuracy"  # which tells more than the first, the epochs
+    first, second = comparison.rows
+    assert first["hyperparameters"] == {"epochs": 3} and first["metrics"] == {"epochs": 2, "accuracy": 0.5}
+    assert first["run"] == real.url.removeprefix(f"{url}/") and first["finished"] and first["newest"] and first["best"]
     assert (second["run"], second["best"], second["metrics"]) == ("other/2020-01-01", False, {"epochs": 9})
 
 
-def best(comparison):
-    return [row["run"] for row in comparison.rows if row["best"]]
-
-
 def test_the_best_run_is_that_of_the_largest_metric_or_of_the_smallest_loss():
-    url = "memory://best"
-    for day, value in enumerate([0.5, float("nan"), 0.75, 0.25, float("inf"), True, "high", None]):
-        past_run(
-            url,
-            f"2026-01-0{day + 1}",
-            {"day": day},
-            {name: value for name in ("accuracy", "val_loss", "top_1_Error", "perplexity", "glossiness")},
-        )
-    assert [best(experiment.compare(url, name)) for name in ("accuracy", "val_loss", "top_1_Error", "perplexity")] == [
-        ["2026-01-03"],
-        ["2026-01-04"],
-        ["2026-01-04"],
-        ["2026-01-04"],
-    ]
+    url, names = "memory://best", ["accuracy", "val_loss", "top_1_Error", "perplexity"]
+    for day, value in enumerate([0.5, float("nan"), 0.75, 0.25, float("inf"), True, "high", None], 1):
+        past_run(url, f"2026-01-0{day}", {"day": day}, dict.fromkeys(names, value))
+    compared = [experiment.compare(url, name) for name in names]
+    best = [row["run"][-1] for each in compared for row in each.rows if row["best"]]
+    assert best == ["3", "4", "4", "4"]
     with pytest.raises(ValueError, match="memory://best has a metric 'acuracy'; there are: accuracy, val_loss"):
         experiment.compare(url, "acuracy")
 
@@ -494,21 +394,10 @@ def test_a_report_shows_a_run_and_what_differs_from_the_best_and_loads_and_runs_
     run.save_history([{"epoch": n, "train_loss": 3 - n, "val_loss": n or "", "val_best": [n]} for n in (0, 1, 2)])
     run.save_figure(SCRIPT.replace("/", ""), figure())
     run.finish({"accuracy": 0.85, "confusion_matrix": [[17, 4], [0, 29]], "sample": SCRIPT, "times": {"epoch": 2.5}})
-    html = storage.read(f"{run.url}/report.html").decode()
-    page = Page(html)
-    for line in (
-        ["lr", "0.3"],
-        ["note", SCRIPT],
-        ["key", "***"],
-        ["accuracy", "0.85"],
-        ["sample", SCRIPT],
-        ["17", "4"],
-        ["times", "epoch: 2.5"],
-        ["lr", "0.3", "0.1"],
-        ["accuracy", "0.85", "0.9"],
-        ["torch", version("torch")],
-    ):
-        assert line in page.lines, line
+    page = Page(html := storage.read(f"{run.url}/report.html").decode())
+    wanted = [["lr", "0.3"], ["note", SCRIPT], ["key", "***"], ["accuracy", "0.85"], ["sample", SCRIPT], ["17", "4"]]
+    wanted += [["times", "epoch: 2.5"], ["lr", "0.3", "0.1"], ["accuracy", "0.85", "0.9"], ["torch", version("torch")]]
+    assert not [line for line in wanted if line not in page.lines]
     assert "What differs from the best run" in page.text and "Beside it the best: 2026-01-01" in page.text
     train, val = (line["points"].split() for line in page.tags["polyline"])  # epoch by epoch, the highest on top
     assert train == ["50.0,10.0", "170.0,55.0", "290.0,100.0"]
@@ -555,13 +444,10 @@ class Odd(nn.Module):
         self.brain = nn.Parameter(torch.randn(5, 3).to(torch.bfloat16))
         self.transposed = nn.Parameter(torch.randn(4, 6).T)
         self.channels_last = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
-        for name, values in {
-            "expanded": torch.randn(3, 1).expand(3, 7),
-            "part": torch.randn(10)[2:5],
-            "empty": torch.zeros(0, 3),
-            "count": torch.tensor(2**40),
-        }.items():
-            self.register_buffer(name, values)
+        self.register_buffer("expanded", torch.randn(3, 1).expand(3, 7))
+        self.register_buffer("part", torch.randn(10)[2:5])
+        self.register_buffer("empty", torch.zeros(0, 3))
+        self.register_buffer("count", torch.tensor(2**40))
         self.one, self.tied = nn.Linear(4, 4), nn.Linear(4, 4)
         self.tied.weight = self.one.weight
 
@@ -612,10 +498,9 @@ def old_or_new(url):
 
 
 @pytest.fixture(scope="module")
-def savers(tmp_path_factory):
+def savers():
     """A process that has imported all there is to import and forks one that saves a model for every line it reads."""
-    program = tmp_path_factory.mktemp("savers") / "savers.py"
-    program.write_text("""
+    program = """
 import os, sys, torch
 from helpers import experiment
 for line in sys.stdin:
@@ -627,10 +512,10 @@ for line in sys.stdin:
         torch.manual_seed(int(seed))
         experiment.save_model(torch.nn.Linear(4, 3), url, seed=int(seed))
         os._exit(0)
-""")
-    process = subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    yield process
-    process.communicate(timeout=30)
+"""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as process:
+        yield process
 
 
 def test_a_process_killed_at_any_request_leaves_the_old_or_the_new_model(savers):
@@ -655,34 +540,12 @@ def test_a_process_killed_at_any_request_leaves_the_old_or_the_new_model(savers)
     assert len(storage.list_files(url)) == 2
 
 
-def test_a_local_write_that_is_killed_or_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "folder" / "file"
-    storage.write(path, b"old")
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            """
-import sys
-from helpers import storage
-while True:
-    for letter in b"ab":
-        storage.write(sys.argv[1], bytes([letter]) * 3_000_000)
-""",
-            path,
-        ]
-    )
-    while path.read_bytes() == b"old":
-        assert process.poll() is None
-    seen = {path.read_bytes() for _ in range(200)}
-    process.kill()
-    process.wait()
-    assert {*seen, path.read_bytes()} == {b"a" * 3_000_000, b"b" * 3_000_000}
-    folder = tmp_path / "fails"
-    storage.write(f"{folder}/file", b"old")
+def test_a_local_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    """What a killed one leaves is asked of a checkpoint."""
+    storage.write(f"{tmp_path}/file", b"old")
     with pytest.raises(TypeError):
-        storage.write(f"{folder}/file", "no bytes")
-    (folder / "folder/inner").mkdir(parents=True)
+        storage.write(f"{tmp_path}/file", "no bytes")
+    (tmp_path / "folder/inner").mkdir(parents=True)
     with pytest.raises(storage.StorageError, match="folder"):
-        storage.write(f"{folder}/folder", b"new")
-    assert storage.list_files(folder) == ["file"] and storage.read(f"{folder}/file") == b"old"
+        storage.write(f"{tmp_path}/folder", b"new")
+    assert storage.list_files(tmp_path) == ["file"] and storage.read(f"{tmp_path}/file") == b"old"
