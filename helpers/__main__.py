@@ -3,7 +3,11 @@
 import importlib
 import sys
 
-COMMANDS = {"run": "helpers.chapters.processes", "rent": "helpers.chapters.rent", "bot": "helpers.chapters.bot"}
+COMMANDS = {
+    "run": "helpers.chapters.processes",
+    "rent": "helpers.chapters.rent",
+    "bot": "helpers.chapters.telegram_bot",
+}
 
 if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
     sys.exit(__doc__)

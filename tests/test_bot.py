@@ -1,37 +1,31 @@
 """The joke bot: votes in SQLite and PostgreSQL, one worker for many people, Telegram as the real library speaks it."""
 
+import asyncio
 import contextlib
 import csv
 import itertools
 import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
 import tracemalloc
 from collections import Counter
 from importlib.util import find_spec
-from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
 import pytest
+from executed import BY_NUMBER
+from servers import bot as processes
 from servers import postgres as pg
 from servers import telegram as tg
+from servers.bot import PAIRS
 
 from helpers import experiment, storage
-from helpers.chapters import bot, joke_corpus
+from helpers.chapters import bot, joke_corpus, telegram_bot
 from helpers.chapters import jokes as language
 
-ROOT = Path(__file__).resolve().parent.parent
-PAIRS = [
-    ("What do <b>bold</b> letters & cats have in common?", 'Both < lean </b> & say "meow".'),
-    ("Why did the lighthouse keeper smile?", "The night was bright."),
-    ("What is a gardener's favourite novel?", "War and Peas."),
-]
 numbers = itertools.count()
 
 
@@ -175,30 +169,14 @@ def test_any_text_can_be_told(database):
     assert bot.tally() == {"it's; DROP TABLE vote --": (1, 1, 1)}
 
 
-VOTERS = """
-import itertools, os, threading
-from helpers.chapters import bot, joke_corpus
-bot.connect()
-with bot.connection():
-    jokes = [joke.id for joke in bot.Joke.select()]
-def person(number):
-    for joke in itertools.cycle(jokes):
-        bot.vote(joke, number, True)
-        os.write(1, b"%d %d\\n" % (joke, number))
-for number in range(50):
-    threading.Thread(target=person, args=(number,)).start()
-"""
-
-
-def test_no_vote_is_lost_when_the_voters_are_killed(database):
+def test_no_vote_is_lost_when_the_voters_are_killed(sqlite, tmp_path):
     jokes = [bot.record("model", "Why?", "Because.").id for _ in range(100)]
-    env = {**os.environ, "JOKES_DATABASE_URL": database}
-    voters = subprocess.Popen([sys.executable, "-c", VOTERS], stdout=subprocess.PIPE, env=env, cwd=ROOT)
-    counted = [voters.stdout.readline() for _ in range(120)]  # until they are at it
+    log = tmp_path / "log"
+    voters = processes.start(processes.vote_for_ever, log, {**os.environ, "JOKES_DATABASE_URL": sqlite})
+    assert any(log.exists() and log.read_bytes().count(b"\n") > 120 or time.sleep(0.02) for _ in range(3000))
     voters.kill()
-    counted += voters.communicate()[0].splitlines(keepends=True)
-    assert voters.returncode == -signal.SIGKILL
-    counted = {line.decode().strip() for line in counted if line.endswith(b"\n")}
+    voters.join()
+    counted = {line.decode().strip() for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")}
 
     def there():
         with bot.connection():
@@ -338,54 +316,33 @@ def test_memory_stays_flat():
 
 
 @contextlib.contextmanager
-def process(tmp_path, server, *arguments, code=None, ready=True, **env):
-    """A running `python -m helpers bot` (or, for a source of its own, `code`) in front of the server; its log is `log`.
+def process(tmp_path, server, **env):
+    """The bot in a process of its own, in front of the server; its log is `log()`.
 
     At the end it is told to stop, and stops in good order; whatever happened, it has not said its token.
     """
-    command = [*(["-c", code] if code else ["-m", "helpers", "bot"]), *arguments, "--base-url", server.url]
     inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     env = {**inherited, "TELEGRAM_BOT_TOKEN": tg.TOKEN, "JOKES_DATABASE_URL": f"sqlite:///{tmp_path}/jokes.db", **env}
-    with open(tmp_path / "log", "wb") as log:
-        running = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=env
-        )
-    running.log = lambda: (tmp_path / "log").read_text()
+    running = processes.start(processes.chat, tmp_path / "log", env, "x.csv", "--base-url", server.url)
+    running.log = (tmp_path / "log").read_text
     try:
-        if ready:
-            server.wait(lambda: running.poll() is not None or server.called("getUpdates"), "the bot")
-            assert running.poll() is None, running.log()
+        server.wait(lambda: not running.is_alive() or server.called("getUpdates"), "the bot")
+        assert running.is_alive(), running.log()
         yield running
-        if ready and running.poll() is None:
-            running.send_signal(signal.SIGTERM)
-            assert running.wait(60) == 0, running.log()
+        running.terminate()
+        running.join(60)
+        assert running.exitcode == 0, running.log()
     finally:
         running.kill()
-        running.wait()
+        running.join()
         assert tg.TOKEN not in running.log() and tg.TOKEN.split(":")[1] not in running.log()
-
-
-CHAT = f"""
-import logging, sys, time
-from helpers.chapters import bot, joke_corpus
-def model(questions):
-    if "Slow?" in questions:
-        time.sleep(4)
-    if "Fail!" in questions:
-        raise ValueError("this joke is not funny")
-    return [(question or {PAIRS[1][0]!r}, f"<{{question}}> & more.") for question in questions]
-bot.load_sources = lambda urls: {{"people": bot.People({PAIRS}), "model": model}}
-logging.getLogger("httpx").setLevel(logging.INFO)  # as careless as can be
-logging.getLogger().setLevel(logging.INFO)
-bot.main(sys.argv[1:])
-"""  # without the packages that a model needs
 
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
     """A Telegram with a bot that runs on it."""
     directory = tmp_path_factory.mktemp("bot")
-    with tg.telegram() as server, process(directory, server, "x.csv", code=CHAT) as running:
+    with tg.telegram() as server, process(directory, server) as running:
         server.process, server.database = running, f"sqlite:///{directory}/jokes.db"
         yield server
 
@@ -505,7 +462,7 @@ def test_malformed_updates_are_left_out(chat):
     chat.say(13, "/start")
     assert "/joke" in chat.reply(13)["text"]
     chat.wait(lambda: not chat.updates, "the updates to be confirmed")
-    assert chat.process.poll() is None
+    assert chat.process.is_alive()
 
 
 def test_two_hundred_users_at_once(chat):
@@ -518,13 +475,13 @@ def test_two_hundred_users_at_once(chat):
 
 
 def test_sigterm_finishes_what_is_in_flight(tmp_path):
-    with tg.telegram() as server, process(tmp_path, server, "x.csv", code=CHAT) as running:
+    with tg.telegram() as server, process(tmp_path, server) as running:
         for person in range(1, 6):
             server.say(person, "Slow?")
         server.wait(lambda: len(server.called("sendChatAction")) >= 5, "typing")
         assert not server.messages
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(60) == 0, running.log()
+        running.terminate()
+        running.join(60)
         assert [server.reply(person)["text"] for person in range(1, 6)] == ["Slow?\n\n<Slow?> & more."] * 5
         assert {call["action"] for call in server.called("sendChatAction")} == {"typing"}
         assert not server.updates or int(server.called("getUpdates")[-1]["offset"]) > server.updates[-1][0]
@@ -534,34 +491,36 @@ def test_sigterm_finishes_what_is_in_flight(tmp_path):
     "kind, said",
     [
         ("refused", "Telegram refuses the token"),
+        ("revoked", "ask @BotFather for another"),
         ("no network", "http://127.0.0.1:9 does not answer as Telegram"),
         ("no Telegram", "does not answer as Telegram"),
         ("malformed", "TELEGRAM_BOT_TOKEN"),
         ("mysql", "JOKES_DATABASE_URL"),
     ],
 )
-def test_it_says_what_is_wrong_and_not_the_token(kind, said, tmp_path):
-    env = {
-        "malformed": {"TELEGRAM_BOT_TOKEN": "tell-nobody"},
-        "mysql": {"JOKES_DATABASE_URL": "mysql://bot:tell-nobody@127.0.0.1/jokes"},
-    }.get(kind, {})
+def test_it_says_what_is_wrong_and_not_the_token(kind, said, tmp_path, monkeypatch, caplog, capfd):
+    monkeypatch.setattr(bot, "load_sources", lambda urls: {"model": echo})
+    monkeypatch.setenv("TELEGRAM_BOT_TOKEN", "tell-nobody" if kind == "malformed" else tg.TOKEN)
+    url = "mysql://bot:tell-nobody@127.0.0.1/jokes" if kind == "mysql" else f"sqlite:///{tmp_path}/jokes.db"
+    monkeypatch.setenv("JOKES_DATABASE_URL", url)
+    asyncio.set_event_loop(asyncio.new_event_loop())
     with tg.telegram() as server:
         server.valid = kind != "refused"
-        server.url = "http://127.0.0.1:9" if kind == "no network" else server.url
         server.answers["getMe"] += [(200, f"<html>{tg.TOKEN}</html>")] * 9 if kind == "no Telegram" else []
-        with process(tmp_path, server, "x.csv", code=CHAT, ready=False, **env) as running:
-            assert running.wait(90) == 1
-        log = running.log()
-        assert said in log and "Traceback" not in log and "tell-nobody" not in log and log.count("\n") <= 2, log
+        if kind == "revoked":
+            threading.Thread(target=revoke, args=(server,)).start()
+        with pytest.raises(SystemExit, match="1"):
+            telegram_bot.main(["x.csv", "--base-url", "http://127.0.0.1:9" if kind == "no network" else server.url])
+    log = "".join(capfd.readouterr()) + caplog.text
+    assert said in log and not re.search(f"Traceback|tell-nobody|{tg.TOKEN.split(':')[1]}", log), log
 
 
-def test_a_token_that_is_revoked_ends_the_bot(tmp_path):
-    with tg.telegram() as server, process(tmp_path, server, "x.csv", code=CHAT) as running:
-        with server.changed:
-            server.valid = False
-            server.changed.notify_all()
-        assert running.wait(60) == 1
-        assert "ask @BotFather for another" in running.log() and "Traceback" not in running.log()
+def revoke(server):
+    """Make the token invalid as soon as the bot asks for updates."""
+    server.wait(lambda: server.called("getUpdates"), "the bot")
+    with server.changed:
+        server.valid = False
+        server.changed.notify_all()
 
 
 def test_an_error_is_told_politely_and_logged(chat):
@@ -578,12 +537,9 @@ def test_an_error_is_told_politely_and_logged(chat):
 
 @pytest.fixture(scope="module")
 def notebook():
-    """notebook(*texts): the names that the code cells with these texts define, one after the other."""
-    cells = [
-        cell.source
-        for cell in nbformat.read(ROOT / "notebooks/07_joke_bot.ipynb", as_version=4).cells
-        if cell.cell_type == "code"
-    ]
+    """notebook(*texts): the names that the code cells of 07a with these texts define, one after the other."""
+    page = nbformat.read(BY_NUMBER["07a"], as_version=4)
+    cells = [cell.source for cell in page.cells if cell.cell_type == "code"]
 
     def run_cells(*texts, **names):
         names = {**vars(bot), **names}
@@ -607,7 +563,7 @@ def models(tmp_path_factory):
     return folder
 
 
-def test_models_and_people_tell_jokes_side_by_side(models, tmp_path, sqlite, one_thread):
+def test_models_and_people_tell_jokes_side_by_side(models, sqlite, one_thread, monkeypatch):
     urls = [f"{models}/jokes-minilm", f"{models}/jokes-small", f"{models}/jokes-small", f"{models}/human.csv"]
     sources = bot.load_sources(urls)
     assert list(sources) == ["minilm", "small", urls[2], "human.csv"]  # what the votes are to compare
@@ -618,10 +574,12 @@ def test_models_and_people_tell_jokes_side_by_side(models, tmp_path, sqlite, one
     assert {joke.source for joke in told[1::2]} == set(sources) - {"human.csv"}
     with pytest.raises(storage.StorageError, match=r"minilm tells no jokes with {'temperature': 0.0}"):
         bot.load_sources(urls[:1], temperature=0.0)
-    options = "--temperature", "0.7", "--top-k", "5", "--top-p", "0.5", "--repetition-penalty", "1.3", "--stock", "0"
-    with tg.telegram() as server, process(tmp_path, server, urls[0], urls[3], *options):
-        server.say(1, "Why?")
-        assert server.reply(1)["text"].startswith("Why?\n\n")
+    monkeypatch.setenv("TELEGRAM_BOT_TOKEN", tg.TOKEN)
+    monkeypatch.setattr(telegram_bot, "serve", lambda jokes, *_: served.append(jokes) or jokes.close())
+    options, served = "--temperature 0.7 --top-k 5 --top-p 0.5 --repetition-penalty 1.3 --stock 0".split(), []
+    telegram_bot.main([urls[0], urls[3], *options])
+    assert list(served[0].sources) == ["minilm", "human.csv"]
+    assert served[0].sources["minilm"].keywords == dict(temperature=0.7, top_k=5, top_p=0.5, repetition_penalty=1.3)
 
 
 def test_the_models_of_a_bucket_are_found(notebook, models, embedded, bucket):
