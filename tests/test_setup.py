@@ -1,26 +1,30 @@
 """The two commands and the files they stand on: Makefile, lock, environment.yml."""
 
+import functools
 import os
 import re
+import shlex
 import subprocess
-import sys
 import tomllib
-from pathlib import Path
+from importlib import metadata
 
 import nbformat
+import papermill
 import yaml
 from packaging.requirements import Requirement
 
 from executed import NOTEBOOKS, ROOT
+from helpers import storage
+from helpers.chapters import processes
 
 LOCK, BENCH = ((ROOT / f"requirements{name}.lock").read_text().splitlines() for name in ("", "-bench"))
 
 
 def make(*arguments):
+    """The commands that make would call."""
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of another make
-    return subprocess.run(
-        ["make", "--dry-run", *arguments], cwd=ROOT, env=outside, capture_output=True, text=True, check=True
-    ).stdout
+    command = ["make", "--dry-run", "--old-file=.venv/installed", *arguments]
+    return subprocess.check_output(command, cwd=ROOT, env=outside, text=True)
 
 
 def test_the_locks_hold_names_versions_and_markers_only_and_the_command_that_makes_them():
@@ -49,23 +53,19 @@ def test_every_dependency_of_the_project_is_in_the_lock_at_a_version_it_allows()
             assert wanted.specifier.contains(str(specifier).removeprefix("=="))
 
 
-def test_environment_yml_is_python_and_pip_then_the_lock_and_the_project(tmp_path):
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    *conda, pip = environment["dependencies"]
-    assert conda == ["python=3.11", "pip"]
-    assert pip == {"pip": ["-r requirements.lock", "-e ."]}
-    # conda hands this section to pip as a requirements file beside environment.yml: pip finds nothing left to install
-    # in the environment that `make setup` made, so both are the same.
-    requirements = ROOT / "condaenv.requirements.txt"
-    try:
-        requirements.write_text("\n".join(pip["pip"]))
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-build-isolation", "-r", requirements]
-        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    finally:
-        requirements.unlink()
-    assert said.returncode == 0, said.stderr
-    would = re.findall("Would install (.*)", said.stdout)
-    assert not would or re.fullmatch(r"s3-deep-learning-notebooks-[\d.]+", would[0].strip())
+def test_environment_yml_is_python_and_pip_then_the_lock_and_the_project():
+    *conda, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert conda == ["python=3.11", "pip"] and pip == {"pip": ["-r requirements.lock", "-e ."]}
+
+
+def test_what_the_lock_installs_is_here_and_fits_together():
+    """As conda's pip asks, which resolves the lock where `make setup` takes it as it is."""
+    applies = lambda requirement: not requirement.marker or requirement.marker.evaluate({"extra": ""})
+    locked = [requirement for requirement in map(Requirement, LOCK[1:]) if applies(requirement)]
+    needed = [Requirement(text) for each in locked for text in metadata.requires(each.name) or ()]
+    assert len(needed) > 300
+    for requirement in [*locked, *filter(applies, needed)]:
+        assert requirement.specifier.contains(metadata.version(requirement.name), prereleases=True), requirement
 
 
 def test_make_passes_notebooks_and_parameters_on_and_a_second_one_installs_nothing():
@@ -74,34 +74,25 @@ def test_make_passes_notebooks_and_parameters_on_and_a_second_one_installs_nothi
     assert "pip install" not in make("run") + make("test") + make("lab")
 
 
-def test_the_readmes_commands_work_as_typed(embedded, tmp_path):
-    """Those that need no account, token, installation or time; of the notebooks, the parameters alone, and not executed."""
-    for name in "Makefile", "pyproject.toml", "requirements.lock":
-        (tmp_path / name).symlink_to(ROOT / name)
+def test_the_readmes_commands_work_as_typed(embedded, tmp_path, monkeypatch):
+    """Those that need no account, token, installation or time; of the notebooks, the parameters alone, not executed."""
     (tmp_path / "notebooks").mkdir()
     for path in NOTEBOOKS:
         notebook = nbformat.read(path, as_version=4)
         notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
         nbformat.write(notebook, tmp_path / "notebooks" / path.name)
-    (tmp_path / ".venv").mkdir()
-    for name in "bin", "lib", "share", "pyvenv.cfg":
-        (tmp_path / ".venv" / name).symlink_to(Path(sys.prefix) / name)
-    (tmp_path / ".venv/installed").touch()
-    (tmp_path / "sitecustomize.py").write_text(
-        "import functools, papermill\n"
-        "papermill.execute_notebook = functools.partial(papermill.execute_notebook, prepare_only=True)\n"
-    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(storage, "connect", lambda: None)
+    prepare = functools.partial(papermill.execute_notebook, prepare_only=True)
+    monkeypatch.setattr(papermill, "execute_notebook", prepare)
     blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    commands = [
-        line
-        for line in "".join(blocks).splitlines()
-        if re.match(r"make run|make site|\S+ -m helpers", line) and not re.search(" rent | bot |--processes", line)
-    ]
-    assert len(commands) >= 8
-    outside = os.environ | {"PYTHONPATH": str(tmp_path)}
-    for command in commands:
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env=outside, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    lines = [line.partition("  #")[0] for line in "".join(blocks).splitlines()]
+    lines = [line for line in lines if re.match(r"make run|make site|\S+ -m helpers run", line)]
+    lines = [line for line in lines if "--processes" not in line]
+    assert len(lines) >= 8
+    for line in lines:
+        words = shlex.split(make(*shlex.split(line)[1:]) if line.startswith("make") else line)
+        assert processes.main(words[words.index("helpers") + 2 :]) == 0, line
     assert len(list((tmp_path / "site").glob("*.html"))) == len(NOTEBOOKS) + 1, "and the index"
     assert any(len(list(run.glob("02_*-0[1-4].ipynb"))) == 4 for run in (tmp_path / "runs").iterdir()), "the sweep"
 
