@@ -2,18 +2,16 @@
 
 """Metric packages: what a task is usually judged by, for the training loop and by hand."""
 
-import math
 from functools import partial
 
+import sacrebleu
 import torch
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics import classification as tm
-from torchmetrics.functional import r2_score
 from torchmetrics.functional.text import rouge_score, squad
-from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
+from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 from torchmetrics.text import SacreBLEUScore
-from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.wrappers import LambdaInputTransformer
 
 class Mean(Metric):
@@ -68,29 +66,13 @@ def binary(threshold=0.5):
         "confusion_matrix": tm.BinaryConfusionMatrix(threshold),
     }), lambda outputs: outputs.flatten().sigmoid(), lambda targets: targets.flatten().long())
 
-class R2(Metric):
-    """1 - squared errors / squared distances of the targets from their mean; of several values a sample, the mean."""
-
-    def __init__(self):
-        super().__init__()
-        for name in ("outputs", "targets"):
-            self.add_state(name, [], dist_reduce_fx="cat")
-
-    def update(self, outputs, targets):
-        self.outputs.append(outputs)
-        self.targets.append(targets)
-
-    def compute(self):
-        outputs, targets = dim_zero_cat(self.outputs), dim_zero_cat(self.targets)
-        return r2_score(outputs - targets.mean(0), targets - targets.mean(0))
-
-
 def regression():
     """mse and mae (in the targets' unit, squared for mse), and r2.
 
     outputs, targets: (samples,) or (samples, values), r2 then being the mean over the values.
     """
-    return MetricCollection({"mse": MeanSquaredError(), "mae": MeanAbsoluteError(), "r2": R2()})
+    r2 = LambdaInputTransformer(R2Score(), torch.Tensor.double, torch.Tensor.double)
+    return MetricCollection({"mse": MeanSquaredError(), "mae": MeanAbsoluteError(), "r2": r2})
 
 def _list_references(targets):
     """For each sample a list of texts, of which any is right."""
@@ -151,17 +133,7 @@ def summarisation():
     return Mean(ROUGE, partial(_score_texts, _rouge_scores))
 
 def _sentence_bleu(output, references):
-    counts = SacreBLEUScore()  # for its counts: its own value is 0 for a sentence of which no four words match
-    counts.update([output], [references])
-    if not counts.numerator.any():
-        return [0.0]
-    logs, smooth = [], 1
-    for matches, total in zip(counts.numerator.tolist(), counts.denominator.tolist()):
-        if total:
-            smooth *= 1 if matches else 2
-            logs.append(math.log((matches or 1 / smooth) / total))
-    brevity = min(0.0, 1 - (counts.target_len / counts.preds_len).item())
-    return [math.exp(brevity + sum(logs) / len(logs))]
+    return [sacrebleu.sentence_bleu(output, references).score / 100]
 
 
 def translation():
