@@ -1,5 +1,7 @@
 """What TrainLoop trains is exactly what plain PyTorch would: for all kinds of models, when killed, on two processes."""
 
+import contextlib
+import copy
 import json
 import math
 import os
@@ -10,6 +12,7 @@ import sys
 from pathlib import Path
 
 import fsspec
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -52,25 +55,15 @@ def test_a_model_of_transformers_trains_by_the_loss_it_returns():
 
     tokens = torch.randint(50, (12, 7), generator=torch.Generator().manual_seed(0))
     batches = DataLoader([{"input_ids": row, "labels": row} for row in tokens], 4)
-    config, models = (
-        GPT2Config(
-            vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-        ),
-        [],
-    )
-    for _ in range(2):
-        torch.manual_seed(0)
-        models.append(GPT2LMHeadModel(config))
-    mine, plain = models
+    sizes = dict(vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    mine = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    plain = copy.deepcopy(mine).train()
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
-    torch.manual_seed(1)
-    plain.train()
     for _ in range(2):
         for batch in batches:
             optimizer.zero_grad()
             plain(**batch).loss.backward()
             optimizer.step()
-    torch.manual_seed(1)
     loop = TrainLoop(mine, batches, batches, optimizer=torch.optim.SGD(mine.parameters(), lr=0.1))
     history = loop.fit(2)
     assert same(mine, plain) and history[-1]["val_loss"] < history[0]["train_loss"]
@@ -98,19 +91,16 @@ class Adversaries(nn.Module):
 
 
 def test_two_adversaries_train_with_two_optimizers_as_in_a_plain_loop():
-    data, models, criterion = TensorDataset(noise(16, 4), noise(16, 2, seed=1)), [], nn.BCEWithLogitsLoss()
-    for _ in range(2):
-        torch.manual_seed(0)
-        models.append(Adversaries())
-    mine, plain = models
+    data, criterion, mine = TensorDataset(noise(16, 4), noise(16, 2, seed=1)), nn.BCEWithLogitsLoss(), Adversaries()
+    plain = copy.deepcopy(mine)
 
     def optimizers(model):
         return [torch.optim.Adam(part.parameters(), lr=0.01) for part in (model.discriminator, model.generator)]
 
-    for_discriminator, for_generator = optimizers(plain)
+    by_hand = optimizers(plain)
     for _ in range(3):
         for batch in DataLoader(data, 8):
-            for number, optimizer in enumerate((for_discriminator, for_generator)):
+            for number, optimizer in enumerate(by_hand):
                 plain.zero_grad()
                 list(plain.get_loss(batch, criterion))[number].backward()
                 optimizer.step()
@@ -124,23 +114,22 @@ def test_two_adversaries_train_with_two_optimizers_as_in_a_plain_loop():
 # --------------------------------------------------------------------------------------- steps, groups and precision
 
 
+def plain_loop(model, data, size=8, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return TrainLoop(model, DataLoader(data, size), optimizer=optimizer, criterion=CRITERION, **options)
+
+
 def test_accumulated_gradients_are_those_of_the_large_batch():
-    data, models = TensorDataset(noise(40, 5), labels(40)), []
-    for size, groups in ((4, 4), (16, 1)):  # of 10 batches: the last group has two
-        torch.manual_seed(0)
-        models.append(nn.Linear(5, 3))
-        optimizer = torch.optim.SGD(models[-1].parameters(), lr=0.1)
-        TrainLoop(models[-1], DataLoader(data, size), optimizer=optimizer, criterion=CRITERION, accumulate=groups).fit(
-            2
-        )
-    for one, other in zip(*(model.parameters() for model in models)):
+    data, model = TensorDataset(noise(40, 5), labels(40)), nn.Linear(5, 3)
+    large = copy.deepcopy(model)
+    plain_loop(model, data, 4, accumulate=4).fit(2)  # of 10 batches: the last group has two
+    plain_loop(large, data, 16).fit(2)
+    for one, other in zip(model.parameters(), large.parameters()):
         torch.testing.assert_close(one, other)
 
 
 def test_fit_for_so_many_steps_ends_within_an_epoch_and_goes_on_from_there():
-    data, model = TensorDataset(noise(40, 5), labels(40)), nn.Linear(5, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loop = TrainLoop(model, DataLoader(data, 4), optimizer=optimizer, criterion=CRITERION)
+    loop = plain_loop(nn.Linear(5, 3), TensorDataset(noise(40, 5), labels(40)), 4)
     assert len(loop.fit(num_steps=13)) == 2 and loop.steps == 13
     loop.fit(num_steps=1)
     assert loop.steps == 14
@@ -169,8 +158,7 @@ def test_only_the_random_state_of_ones_own_gpu_is_kept(monkeypatch):
 def test_bf16_trains_with_weights_in_full_precision():
     data, model, seen = TensorDataset(noise(16, 5), labels(16)), nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)), []
     model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loop = TrainLoop(model, DataLoader(data, 8), optimizer=optimizer, criterion=CRITERION, mixed_precision="bf16")
+    loop = plain_loop(model, data, mixed_precision="bf16")
     loop.fit(1)
     assert set(seen) == {torch.bfloat16} and {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert loop.predict(DataLoader(data, 8))[0].dtype == torch.float32
@@ -184,18 +172,11 @@ def test_fp16_shows_gradients_unscaled_and_leaves_out_a_step_beyond_its_range_wi
         def after_step(self, loop):
             moves.append((loop.stepped, loop.scheduler.last_epoch))
 
-    data, found = DataLoader(TensorDataset(100 * noise(16, 5), labels(16)), 8), []
+    data, start, found = TensorDataset(100 * noise(16, 5), labels(16)), nn.Linear(5, 3), []
     for scale in None, 1024.0, 3e38:  # with the last one, gradients are beyond float32, as large ones are beyond fp16
-        torch.manual_seed(0)
-        model, norms, moves = nn.Linear(5, 3), [], []
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        loop = TrainLoop(
-            model,
-            data,
-            optimizer=optimizer,
-            criterion=CRITERION,
-            scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1000),
-        )
+        model, norms, moves = copy.deepcopy(start), [], []
+        loop = plain_loop(model, data)
+        loop.scheduler = torch.optim.lr_scheduler.StepLR(*loop.optimizers, 1000)
         if scale:
             loop.scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=1e-9)
         loop.fit(1, [Notes()])
@@ -210,9 +191,8 @@ def test_fp16_shows_gradients_unscaled_and_leaves_out_a_step_beyond_its_range_wi
 @pytest.fixture(scope="module")
 def fork():
     """fork(environments, mode, *arguments): a process for each, which has everything imported; numbers and output."""
-    with subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as parent:
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, __file__], **pipes) as parent:
 
         def start(*job):
             print(json.dumps(job), file=parent.stdin, flush=True)
@@ -247,16 +227,13 @@ def trainee(own_generator=True):
     model = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(5) if own_generator else None
-    return TrainLoop(
-        model,
-        DataLoader(Augmented(), 4, shuffle=True, generator=generator),
-        DataLoader(Augmented(), 8),
-        optimizer=optimizer,
-        criterion=CRITERION,
-        accumulate=2,
-        scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, 4 * 6),
-        metrics={"accuracy": MulticlassAccuracy(3)},
+    train, val = DataLoader(Augmented(), 4, shuffle=True, generator=generator), DataLoader(Augmented(), 8)
+    scheduler, metrics = (
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, 4 * 6),
+        {"accuracy": MulticlassAccuracy(3)},
     )
+    options = dict(criterion=CRITERION, accumulate=2, scheduler=scheduler, metrics=metrics)
+    return TrainLoop(model, train, val, optimizer=optimizer, **options)
 
 
 class Steps(Callback):
@@ -275,16 +252,15 @@ def outcome(loop):
     return loop.model, [{name: value for name, value in row.items() if "second" not in name} for row in loop.history]
 
 
-@pytest.mark.parametrize("own_generator", [True, False])
-def test_training_taken_up_at_any_step_ends_as_if_it_had_never_stopped(own_generator, tmp_path):
-    whole = trainee(own_generator)
+def test_training_taken_up_at_any_step_ends_as_if_it_had_never_stopped(tmp_path):
+    whole = trainee()
     whole.fit(4)
-    trainee(own_generator).fit(4, [Checkpoint(str(tmp_path), every=1, keep=99)])
+    trainee().fit(4, [Checkpoint(str(tmp_path), every=1, keep=99)])
     for stop in 43, 33, 24, 11, 10, 2:  # within an epoch, in its last step and at its end, the last one first
         for path in tmp_path.glob("step_*"):
             if int(path.name.split("_")[1]) > stop:
                 path.unlink()
-        again = trainee(own_generator)
+        again = trainee()
         torch.manual_seed(99)  # whatever was drawn before makes no difference
         again.fit(4, [Checkpoint(str(tmp_path), every="end", keep=99), (steps := Steps())])
         assert steps.seen[0] == stop + 1 and len(steps.seen) == 44 - stop
@@ -306,6 +282,26 @@ def test_training_killed_again_and_again_ends_as_if_it_had_not(fork, tmp_path):
     weights = load_file(tmp_path / "weights.safetensors")
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.model.state_dict().items())
     assert json.loads((tmp_path / "history.json").read_text()) == outcome(whole)[1]
+
+
+def test_a_local_checkpoint_killed_while_it_is_written_leaves_the_last_whole_one(fork, tmp_path):
+    def half_written():
+        sizes = []
+        for path in tmp_path.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(path.stat().st_size)
+        return len(sizes) > 1 and min(sizes) < LARGE
+
+    [number], said = fork([{}], "save", str(tmp_path))
+    while not half_written():
+        psutil.Process(number)  # it is there
+    os.kill(number, signal.SIGKILL)
+    assert codes(said) == [-signal.SIGKILL] and half_written()
+    names = sorted(path.name for path in tmp_path.glob("step_*.safetensors"))
+    assert all(state_from_safetensors((tmp_path / name).read_bytes())["parts"] for name in names)
+    last = int(names[-1].split("_")[1])
+    large().fit(num_steps=last + 1, callbacks=[Checkpoint(str(tmp_path)), (steps := Steps())])
+    assert steps.seen == [last + 1]
 
 
 def test_an_error_within_a_step_leaves_nothing_that_changes_the_training_when_it_is_taken_up(tmp_path):
@@ -336,25 +332,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_newest_are_kept(tmp_path):
 
 
 def test_any_state_is_packed_without_a_pickle():
-    state = {
-        "a": [1, 2.5, None, "text", True, (1, (2, 3))],
-        4: {"inf": float("inf")},
-        "d": {},
-        "l": [],
-        "u": (),
-        "t": torch.arange(6).view(2, 3).T,
-        "half": noise(3).bfloat16(),
-        "empty": torch.zeros(0),
-        "scalar": torch.tensor(0.1),
-    }
-    data = state_to_safetensors(state)
+    plain = {"a": [1, 2.5, None, "text", True, (1, (2, 3))], 4: {"inf": float("inf")}, "d": {}, "l": [], "u": ()}
+    tensors = {"t": torch.arange(6).view(2, 3).T, "half": noise(3).bfloat16(), "empty": torch.zeros(0)}
+    tensors["scalar"] = torch.tensor(0.1)
+    data = state_to_safetensors(plain | tensors)
     assert len(safetensors.torch.load(data)) == 5, "a plain safetensors file, which cannot hold code"
     with pytest.raises(TypeError, match="not JSON serializable"):
         state_to_safetensors({"object": torch.nn.ReLU()})
     again = state_from_safetensors(data)
-    for name in ("t", "half", "empty", "scalar"):
-        assert torch.equal(state.pop(name), again.pop(name))
-    assert again == state
+    assert all(torch.equal(tensor, again.pop(name)) for name, tensor in tensors.items()) and again == plain
 
 
 # -------------------------------------------------------------------------------------------------- two processes
@@ -389,12 +375,8 @@ def test_two_processes_train_and_measure_as_one_with_twice_the_batch(both):
 
 
 def test_training_on_two_processes_goes_on_exactly_where_each_of_them_was(both):
-    for _, values in both:
-        assert values["again"] == {
-            "3": True,
-            "6": True,
-            "7": True,
-        }  # within an epoch, after one, at the next one's start
+    for _, values in both:  # within an epoch, after one, at the next one's start
+        assert values["again"] == {"3": True, "6": True, "7": True}
 
 
 def test_of_two_processes_the_first_changes_the_store_and_the_other_one_waits_for_it(fork, tmp_path):
@@ -402,12 +384,9 @@ def test_of_two_processes_the_first_changes_the_store_and_the_other_one_waits_fo
     (tmp_path / "s3/old").mkdir()
     with fault_proxy(environment["AWS_ENDPOINT_URL"], delay=0.01) as proxy:
         environment["AWS_ENDPOINT_URL"] = proxy.url
-        ended = codes(fork([two | environment for two in two_processes()], "store", str(tmp_path))[1])
-    assert ended == [0, 0]
-    assert (
-        sorted((tmp_path / f"seen-{rank}").read_text() for rank in "01")
-        == ["{'train': 7, 'val': 2, 'test': 1} True"] * 2
-    )
+        assert codes(fork([two | environment for two in two_processes()], "store", str(tmp_path))[1]) == [0, 0]
+    for rank in "01":
+        assert (tmp_path / f"seen-{rank}").read_text() == "{'train': 7, 'val': 2, 'test': 1} True"
     assert [path.name for path in (tmp_path / "s3").iterdir()] == ["new"]
 
 
@@ -443,6 +422,17 @@ def train(url, folder):
     (Path(folder) / "history.json").write_text(json.dumps(history))
 
 
+LARGE = 12 * 2**20  # bytes of a state whose writing takes long enough to be killed within
+
+
+def large():
+    return plain_loop(nn.Linear(2**20, 3), TensorDataset(torch.zeros(8, 2**20), labels(8)))
+
+
+def save(folder):
+    large().fit(num_steps=1000, callbacks=[Checkpoint(folder, every=1)])
+
+
 def change_store(folder):
     storage.connect()
     storage.create_bucket("new")
@@ -472,13 +462,8 @@ def train_and_measure(factor, folder):
     )
     row = {name: value for name, value in loop.fit(3)[-1].items() if "second" not in name}
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (gan.discriminator, gan.generator)]
-    TrainLoop(
-        gan,
-        loader(noise(16, 4), noise(16, 2, seed=1), size=4),
-        optimizer=optimizers,
-        criterion=nn.BCEWithLogitsLoss(),
-        accumulate=2,
-    ).fit(3)
+    pairs, criterion = loader(noise(16, 4), noise(16, 2, seed=1), size=4), nn.BCEWithLogitsLoss()
+    TrainLoop(gan, pairs, optimizer=optimizers, criterion=criterion, accumulate=2).fit(3)
 
     class StopAt(Callback):
         order = 99
@@ -499,20 +484,13 @@ def train_and_measure(factor, folder):
         one_of_two().fit(3, [Checkpoint(url, every=1), StopAt()])
         resumed = one_of_two()
         resumed.fit(3, [Checkpoint(url, every=1)])
-        again[stop] = all(
-            gather_object([same(resumed.model, whole.model) and outcome(resumed)[1] == outcome(whole)[1]])
-        )
+        equal = same(resumed.model, whole.model) and outcome(resumed)[1] == outcome(whole)[1]
+        again[stop] = all(gather_object([equal]))
 
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1000)
-    TrainLoop(
-        layer,
-        loader(noise(64, 5), labels(64), size=4),
-        optimizer=optimizer,
-        criterion=CRITERION,
-        scheduler=scheduler,
-        accumulate=2,
-    ).fit(3)
+    options = dict(optimizer=optimizer, criterion=CRITERION, scheduler=scheduler, accumulate=2)
+    TrainLoop(layer, loader(noise(64, 5), labels(64), size=4), **options).fit(3)
     predicted = TrainLoop(layer).predict(loader(noise(41, 5), torch.arange(41), size=4))[1].tolist()
     torch.manual_seed(loop.accelerator.process_index)
     shuffled = TrainLoop(nn.Linear(1, 1), loader(torch.arange(44.0), size=2, shuffle=True)).train_loader
@@ -520,11 +498,8 @@ def train_and_measure(factor, folder):
     if loop.accelerator.is_main_process:
         Path(folder).mkdir(exist_ok=True)
         save_file({**net.state_dict(), **gan.state_dict()}, f"{folder}/weights.safetensors")
-        Path(f"{folder}/done.json").write_text(
-            json.dumps(
-                {"row": row, "again": again, "drawn": drawn, "moves": scheduler.last_epoch, "predicted": predicted}
-            )
-        )
+        found = dict(row=row, again=again, drawn=drawn, moves=scheduler.last_epoch, predicted=predicted)
+        Path(f"{folder}/done.json").write_text(json.dumps(found))
     loop.accelerator.wait_for_everyone()
     loop.accelerator.end_training()
 
@@ -540,7 +515,7 @@ if __name__ == "__main__":
             if not numbers[-1]:
                 os.environ |= environment
                 sys.stdout = sys.stderr  # for the progress bar
-                {"train": train, "both": train_and_measure, "store": change_store}[mode](*arguments)
+                {"train": train, "save": save, "both": train_and_measure, "store": change_store}[mode](*arguments)
                 os._exit(0)
         print(json.dumps(numbers), flush=True)
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in numbers]), flush=True)
