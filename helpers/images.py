@@ -33,7 +33,7 @@ from helpers.catalog import MadeList, Span, crc32, fetch, list_images, md5, read
 THREADS = 64  # requests in flight: hides 40 ms each
 CORES = os.cpu_count()  # threads that decode: OpenCV releases the GIL
 CHUNK = 4  # loose objects that a thread fetches one after the other: switching threads costs as much as decoding
-DECODE_CHUNK = 8  # images that a thread decodes one after the other, for the same reason
+DECODE_CHUNK = 8  # images, or a core's share of a batch, that a thread decodes one after the other, for the same reason
 ANNOUNCED = 4096  # images that a batch announces
 WINDOW = 64 * 2**20  # bytes of announced images that are held at once, encoded
 DECODED = 2  # batches that are decoded ahead
@@ -131,6 +131,7 @@ class S3ImageFolder(Dataset):
             self.table = self.table.replace(targets=np.array([*map(self.class_to_idx.get, found)])[self.table.targets])
         small = self.shards and self.table.sizes.sum() <= WINDOW
         self._memory = {} if small else None  # {index: bytes}: a small pack stays there
+        self._kept = None  # 1 for each image that this process has seen whole in the cache: no look nor checksum again
 
     samples = property(
         lambda self: MadeList(len(self), lambda i: (self.url(i), int(self.table.targets[i]))),
@@ -154,7 +155,7 @@ class S3ImageFolder(Dataset):
         return Span(f"{self.root}/{self.shards[table.places[index]]}", first, first + size, version)
 
     def __getstate__(self):
-        return {**vars(self), "_memory": self._memory and {}}  # a worker reads its own
+        return {**vars(self), "_memory": self._memory and {}, "_kept": None}  # a worker reads its own
 
     def __len__(self):
         return len(self.table.sizes)
@@ -174,7 +175,7 @@ class S3ImageFolder(Dataset):
         self._fetch_ahead(prefetch, (indices, *ahead))
         for batch in (indices, *ahead[:DECODED]):
             new = [index for index in dict.fromkeys(batch) if index not in prefetch.decoding]
-            for chunk in chunks(new, DECODE_CHUNK):
+            for chunk in chunks(new, max(DECODE_CHUNK, len(new) // CORES)):
                 fetching = {index: prefetch.fetching.pop(index, None) for index in chunk}
                 prefetch.decoding |= dict.fromkeys(chunk, threads("decode", CORES).submit(self._load_all, fetching))
         images = {index: prefetch.decoding.pop(index).result()[index] for index in dict.fromkeys(indices)}
@@ -207,13 +208,12 @@ class S3ImageFolder(Dataset):
             held += self.table.sizes[batch].sum()
         prefetch.enough = max(len(wanted) // 2, (1 + DECODED) * len(batches[0]))
         new = [index for index in wanted if index not in prefetch.fetching and index not in prefetch.decoding]
+        # As a pass begins, one request a task: the images then come in the order in which they are waited for.
+        chunk = 1 if self.shards or not (prefetch.fetching or prefetch.decoding) else CHUNK
         prefetch.fetching |= dict.fromkeys(new)  # None: no request, for what is here already
         cache, memory = self._open_cache(), self._memory or ()
-        here = {index for index in new if index in memory or cache and cache.has(self.url(index))}
-        requests = self.group([index for index in new if index not in here])
-        now = set(batches[0])
-        urgent = sum(not now.isdisjoint(request) for request in requests)  # each has a thread of its own
-        for task in (*chunks(requests[:urgent], 1), *chunks(requests[urgent:], 1 if self.shards else CHUNK)):
+        here = {index for index in new if index in memory or cache and (self._kept[index] or cache.has(self.url(index)))}
+        for task in chunks(self.group([index for index in new if index not in here]), chunk):
             future = threads("fetch", THREADS).submit(self._fetch, task)
             prefetch.fetching |= dict.fromkeys(itertools.chain(*task), future)
 
@@ -279,7 +279,8 @@ class S3ImageFolder(Dataset):
         if self._memory and index in self._memory:
             return self._memory[index]
         cache = self._open_cache()
-        if cache and (data := cache.get(self.url(index), self.span(index))) is not None:
+        if cache and (data := cache.get(self.url(index), self.span(index), checked=self._kept[index])) is not None:
+            self._kept[index] = 1
             return data
         data = (future.result() if future else self._fetch([[index]]))[index]
         if self.shards and not isinstance(data, OSError) and crc32(data) != self.table.versions[index].tobytes():
@@ -295,6 +296,8 @@ class S3ImageFolder(Dataset):
         return data
 
     def _open_cache(self):
+        if self.cache and self._kept is None:
+            self._kept = bytearray(len(self))
         return open_cache(*self.cache) if self.cache else None
 
 
@@ -409,15 +412,19 @@ class Cache:
             self.full = True
             warnings.warn(f"There is no cache at {self.directory}: {error}")
 
-    def get(self, url, span):
-        """The image's bytes, or None when they are not here, or damaged, or of another version."""
+    def get(self, url, span, checked=False):
+        """The image's bytes, or None when they are not here, of another length or, unless checked, version or checksum."""
+        length = span.last - span.first
         try:
-            with open(self._path(url), "rb", buffering=0) as file:
-                data = file.read()
+            file = os.open(self._path(url), os.O_RDONLY)  # for a file this small, Python's own takes twice the calls
+            try:
+                data = os.read(file, 4 + length + 1)
+            finally:
+                os.close(file)
         except OSError:
             return None
         checksum, data = data[:4], data[4:]
-        return data if len(data) == span.last - span.first and checksum == self._checksum(span, data) else None
+        return data if len(data) == length and (checked or checksum == self._checksum(span, data)) else None
 
     def has(self, url):
         return os.path.exists(self._path(url))
