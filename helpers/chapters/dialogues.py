@@ -55,28 +55,23 @@ class Dialogues:
     def read_share(self, number, count):
         """Share `number` of `count`: every count-th file or, where there are fewer files than shares, line."""
         self.skipped.clear()
-        return itertools.islice(self._read(number, count), self.limit and -(-self.limit // count))
-
-    def _read(self, number, count):
         by_file = len(self.files) >= count
-        files, first, step = (self.files[number::count], 0, 1) if by_file else (self.files, number, count)
-        for lines in map(storage.read_lines, files):
-            for line in itertools.islice(lines, first, None, step):
-                try:
-                    example = parse_example(line)
-                except ValueError as reason:
-                    self.skipped[str(reason)] += 1
-                    continue
-                if self.split in ("", assign_split(example)):
-                    yield example
+        files, part = (self.files[number::count], (0, None)) if by_file else (self.files, (number, None, count))
+        lines = itertools.chain.from_iterable(itertools.islice(storage.read_lines(file), *part) for file in files)
+        return itertools.islice(filter(None, map(self._parse, lines)), self.limit and -(-self.limit // count))
+
+    def _parse(self, line):
+        try:
+            example = parse_example(line)
+            return example if self.split in ("", assign_split(example)) else None
+        except ValueError as reason:
+            self.skipped[str(reason)] += 1
 
 class Batches(IterableDataset):
-    """Batches of random examples, the remainder left out; DataLoader(Batches(…), batch_size=None).
+    """Batches of random examples; DataLoader(Batches(…), batch_size=None).
 
     examples: how many `dialogues` has, for a stream cannot tell. Raises ValueError where they are too few for a batch.
     """
-
-    pool = 20  # batches that are read ahead
 
     def __init__(self, dialogues, tokenizer, batch_size, examples, multi_context=False):
         self.dialogues, self.batch_size = dialogues, batch_size
@@ -92,18 +87,21 @@ class Batches(IterableDataset):
     def __iter__(self):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        share = self.process * workers + number, self.processes * workers
-        order = random.Random(torch.randint(2**62, ()).item())
-        passes = (self._read_once(order, *share) for _ in itertools.count())
         own = len(range(number, self.length, workers))  # DataLoader takes a batch from each worker in turn
-        return itertools.islice(itertools.chain.from_iterable(passes), own)
-
-    def _read_once(self, order, number, count):
-        examples, size, full = self.dialogues.read_share(number, count), self.batch_size, 0
-        while pool := list(itertools.islice(examples, self.pool * size)):
+        examples = self._repeat(self.process * workers + number, self.processes * workers)
+        order = random.Random(torch.randint(2**62, ()).item())
+        while own > 0:
+            ahead = min(own, 20)  # batches
+            pool = list(itertools.islice(examples, ahead * self.batch_size))
             order.shuffle(pool)
-            for start in range(0, len(pool) - size + 1, size):
-                full += 1
-                yield self.collate(pool[start:start + size])
-        if not full:
-            raise ValueError(f"{self.dialogues.url} has too few examples for a batch of {size} for each process.")
+            yield from (self.collate(pool[i::ahead]) for i in range(ahead))
+            own -= ahead
+
+    def _repeat(self, *share):
+        """The examples of a share, over and over."""
+        while True:
+            example = None
+            for example in self.dialogues.read_share(*share):
+                yield example
+            if example is None:
+                raise ValueError(f"{self.dialogues.url} has too few examples for each process to have one.")
