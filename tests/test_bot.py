@@ -6,6 +6,8 @@ import csv
 import itertools
 import os
 import re
+import runpy
+import sys
 import threading
 import time
 import traceback
@@ -509,8 +511,10 @@ def test_it_says_what_is_wrong_and_not_the_token(kind, said, tmp_path, monkeypat
         server.answers["getMe"] += [(200, f"<html>{tg.TOKEN}</html>")] * 9 if kind == "no Telegram" else []
         if kind == "revoked":
             threading.Thread(target=revoke, args=(server,)).start()
+        url = "http://127.0.0.1:9" if kind == "no network" else server.url
+        monkeypatch.setattr(sys, "argv", ["helpers", "bot", "x.csv", "--base-url", url])
         with pytest.raises(SystemExit, match="1"):
-            telegram_bot.main(["x.csv", "--base-url", "http://127.0.0.1:9" if kind == "no network" else server.url])
+            runpy.run_module("helpers", run_name="__main__")  # python -m helpers
     log = "".join(capfd.readouterr()) + caplog.text
     assert said in log and not re.search(f"Traceback|tell-nobody|{tg.TOKEN.split(':')[1]}", log), log
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import random
 import re
 import socket
@@ -20,6 +19,7 @@ import safetensors.torch
 import torch
 import transformers
 from executed import BY_NUMBER
+from huggingface_hub import constants
 from servers.embedded import connected
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, BertTokenizer
 
@@ -262,7 +262,8 @@ def test_packed_logits_and_loss_are_those_of_each_joke_alone(model_and_tokenizer
     assert sorted(found) == sorted(texts) and together.logits.std() > 0.01
     assert together.loss.item() == pytest.approx(total / (packed.tokens - len(texts)), abs=1e-5)
     impossible = [("Why?", "Because " * 70), *[("Whence?", "So.")] * isinstance(model, BertLMHeadModel)]  # no words
-    nats = cell("def measure(")["measure"](model, tokenizer, PAIRS + impossible)
+    measure = cell("def measure(", model=model, tokenizer=tokenizer, val=PAIRS)["measure"]
+    nats = measure(model, tokenizer, PAIRS + impossible)
     assert nats[: len(PAIRS)].sum().item() == pytest.approx(total, rel=1e-5) and nats[len(PAIRS) :].isnan().all()
     assert jokes.PackedRows([[1] * 9, [2] * 10, [3] * 11], 10).ignored == 1
 
@@ -344,40 +345,33 @@ def test_minilm_is_a_decoder_with_the_weights_of_the_package_unless_they_are_dam
         jokes.load_base("minilm", [], 96)
 
 
-def alone(code, *before, **environment):
-    """What a Python of its own says, which has not read other variables yet."""
-    script = "\n".join(
-        [
-            "from helpers.chapters.jokes import *\nfrom contextlib import suppress",
-            "from importlib.util import find_spec",
-            source("def find_base("),
-            f"""try:
-    print({code})
-except storage.StorageError as error:
-    print(type(error).__name__, error)""",
-        ]
-    )
-    done = subprocess.run(
-        [*before, sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-        cwd=storage.REPOSITORY,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """hub(endpoint, home): what huggingface_hub reads from the environment when it is imported."""
+
+    def use(endpoint, home="home", offline=False):
+        new = dict(
+            ENDPOINT=endpoint, HF_HUB_CACHE=str(tmp_path / home), HF_HUB_OFFLINE=offline, HF_HUB_DISABLE_XET=True
+        )
+        new["HUGGINGFACE_CO_URL_TEMPLATE"] = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in new.items():
+            monkeypatch.setattr(constants, name, value)
+        jokes.hub_answers.cache_clear()
+
+    yield use
+    jokes.hub_answers.cache_clear()
 
 
-def test_without_a_network_the_base_is_minilm_a_hub_name_is_one_sentence_and_nobody_waits(tmp_path):
-    unshared = ["unshare", "-n"] if subprocess.run(["unshare", "-n", "true"]).returncode == 0 else []
-    said = alone(f'find_base("file://{tmp_path}")', *unshared, HF_HOME=str(tmp_path), HF_ENDPOINT="http://192.0.2.1")
-    assert len(said) == 2 and said[0].startswith("GPT-2 is not to be had") and said[1] == "minilm"
-    said = alone('load_base("gpt2", [], 64)', *unshared, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert len(said) == 1 and said[0].startswith("NotFound There is no folder 'gpt2', nor such a model at the Hugging")
+def test_without_a_network_the_base_is_minilm_a_hub_name_is_one_sentence_and_nobody_waits(hub, tmp_path, capsys):
+    find_base = cell("def find_base(")["find_base"]
     with socket.create_server(("127.0.0.1", 0)) as silent:  # a Hub that accepts, and says nothing
-        said = alone("hub_answers()", HF_HOME=str(tmp_path), HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
-    assert said == ["False"]
+        for endpoint in f"http://127.0.0.1:{silent.getsockname()[1]}", "http://127.0.0.1:9":
+            hub(endpoint)
+            assert find_base(f"file://{tmp_path}/none") == "minilm"
+            assert capsys.readouterr().out.startswith("GPT-2 is not to be had")
+    hub("http://127.0.0.1:9", offline=True)
+    with pytest.raises(storage.NotFound, match="There is no folder 'gpt2', nor such a model at the Hugging"):
+        jokes.load_base("gpt2", [], 64)
 
 
 class Hub(SimpleHTTPRequestHandler):
@@ -392,23 +386,37 @@ class Hub(SimpleHTTPRequestHandler):
         super().end_headers()
 
 
-def test_gpt2_comes_from_the_hub_then_from_its_cache_or_from_a_copy_in_the_bucket(tmp_path):
-    (tmp_path / "hub").mkdir()
-    Hub.folder, mirror = tmp_path / "hub", "s3://jokes/models/gpt2"
+def test_gpt2_comes_from_the_hub_then_from_its_cache_or_from_a_copy_in_the_bucket(hub, tmp_path):
+    Hub.folder, mirror, find_base = tmp_path / "hub", "s3://jokes/models/gpt2", cell("def find_base(")["find_base"]
+    Hub.folder.mkdir()
     jokes.save(*untrained(), str(Hub.folder))
+    expected = jokes.load_pretrained(str(Hub.folder))[0].lm_head.weight
     files = [{"type": "file", "path": path.name, "size": 1, "oid": "0"} for path in Hub.folder.iterdir()]
     (Hub.folder / "main").write_text(json.dumps({"id": "gpt2", "sha": "0" * 40}))  # /api/models/gpt2/revision/main,
     (Hub.folder / ("0" * 40)).write_text(json.dumps(files))  # and /api/models/gpt2/tree/{sha}
-    code = f'base := find_base("{mirror}"), load_base(base, [], 64)[0].lm_head.weight.sum().item()'
-    expected = jokes.load_base(str(Hub.folder), [], 64)[0].lm_head.weight.sum().item()
+
+    def same(base, name):
+        return base == name and torch.equal(jokes.load_pretrained(base)[0].lm_head.weight, expected)
+
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        online = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}", HF_HUB_DISABLE_XET="1")
-        assert alone(code, HF_HOME=str(tmp_path / "home"), **online) == [f"gpt2 {expected}"]
+        hub(f"http://127.0.0.1:{server.server_address[1]}")
+        assert same(find_base(mirror), "gpt2")
         server.shutdown()
-    assert alone(code, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1") == [f"gpt2 {expected}"]
+    hub("http://127.0.0.1:9", offline=True)
+    assert same(find_base(mirror), "gpt2")
+    hub("http://127.0.0.1:9", "other", offline=True)
     jokes.save(*jokes.load_pretrained(str(Hub.folder)), mirror)
-    assert alone(code, HF_HOME=str(tmp_path / "other"), HF_HUB_OFFLINE="1") == [f"{mirror} {expected}"]
+    assert same(find_base(mirror), mirror)
+
+
+def test_what_packing_saves_is_counted_in_tokens_of_jokes():
+    names = cell("def packed_rate(", benchmark=True, seed=0)
+    config = transformers.GPT2Config(vocab_size=500, n_positions=128, n_embd=8, n_layer=1, n_head=1)  # small
+    names |= dict(vocabulary=500, make_gpt2=lambda: transformers.GPT2LMHeadModel(config))
+    exec(source("class Clock("), names)
+    exec(source("packing = {}"), names)
+    assert names["packing"]["packing_speedup"] > 0.1 and min(map(min, names["rates"].values())) > 0
 
 
 def test_capitals_cost_little_where_they_are_expected():
