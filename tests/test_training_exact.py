@@ -47,9 +47,6 @@ def labels(count, seed=1):
     return torch.randint(3, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-# -------------------------------------------------------------------------------------------------- kinds of models
-
-
 def test_a_model_of_transformers_trains_by_the_loss_it_returns():
     from transformers import GPT2Config, GPT2LMHeadModel  # here: the processes that are killed do without
 
@@ -109,9 +106,6 @@ def test_two_adversaries_train_with_two_optimizers_as_in_a_plain_loop():
     assert same(mine, plain)
     assert loop.history[-1]["val_loss"] == pytest.approx(sum(mine.get_loss(data.tensors, criterion)).item(), rel=1e-5)
     assert loop.predict(DataLoader(data, 8))[0].shape == (16, 4)
-
-
-# --------------------------------------------------------------------------------------- steps, groups and precision
 
 
 def plain_loop(model, data, size=8, **options):
@@ -183,9 +177,6 @@ def test_fp16_shows_gradients_unscaled_and_leaves_out_a_step_beyond_its_range_wi
         found.append((model, norms))
     assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1] and not same(found[0][0], model)
     assert not math.isfinite(norms[0]) and moves == [(False, 0), (True, 1)]
-
-
-# ------------------------------------------------------------------------------------------- killed, and going on
 
 
 @pytest.fixture(scope="module")
@@ -341,9 +332,6 @@ def test_any_state_is_packed_without_a_pickle():
         state_to_safetensors({"object": torch.nn.ReLU()})
     again = state_from_safetensors(data)
     assert all(torch.equal(tensor, again.pop(name)) for name, tensor in tensors.items()) and again == plain
-
-
-# -------------------------------------------------------------------------------------------------- two processes
 
 
 def two_processes():
