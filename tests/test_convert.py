@@ -25,7 +25,7 @@ from executed import BY_NUMBER
 from helpers import experiment, storage
 from helpers.callbacks import Checkpoint, ClipGradients, LearningRate
 from helpers.chapters import convert, evaluation
-from helpers.chapters.convert import PADDING, ConveRT, Tokenizer, collate, preset
+from helpers.chapters.convert import PADDING, ConveRT, Tokenizer, collate, preset, train_tokenizer
 from helpers.chapters.dialogues import Batches, Dialogues
 from helpers.training import Callback, TrainLoop
 from servers import free_port
@@ -72,14 +72,14 @@ def chitchat(s3):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(TEXTS, preset("tiny", **SMALL))
+    return train_tokenizer(TEXTS, preset("tiny", **SMALL))
 
 
 def small(seed=0, tokenizer=None, **changes):
     """A small model with noise in all that starts at zero or alike, so that nothing cancels out."""
     torch.manual_seed(seed)
     config = preset("tiny", **{**SMALL, **changes})
-    model = ConveRT(config, tokenizer or Tokenizer.train(TEXTS, config))
+    model = ConveRT(config, tokenizer or train_tokenizer(TEXTS, config))
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.2 * torch.randn_like(weight)
@@ -449,7 +449,7 @@ def make_loop(s3, **changes):
         {"context": f"tell me number {i}", "context/0": "before?", "response": f"number {i} it is"} for i in range(64)
     ]
     write(f"{s3}/numbers.jsonl", rows)
-    tokenizer = Tokenizer.train([row["response"] for row in rows], preset("tiny", **SMALL))
+    tokenizer = train_tokenizer([row["response"] for row in rows], preset("tiny", **SMALL))
     model = small(tokenizer=tokenizer, **changes)
     batches = Batches(Dialogues(f"{s3}/numbers.jsonl"), tokenizer, 8, 64, model.config.multi_context)
     merge = partial(collate, tokenizer=tokenizer, multi_context=model.config.multi_context)
@@ -493,7 +493,7 @@ def test_a_few_epochs_with_the_papers_optimizer_lower_the_loss_quantized_and_wit
 
 def trained(size):
     """The weights after four steps on batches of this size, of each process its own."""
-    tokenizer = Tokenizer.train([text for row in examples(16) for text in row["turns"]], preset("tiny", **SMALL))
+    tokenizer = train_tokenizer([text for row in examples(16) for text in row["turns"]], preset("tiny", **SMALL))
     model = small(tokenizer=tokenizer)
     loader = DataLoader(examples(16), size, collate_fn=partial(collate, tokenizer=tokenizer))
     TrainLoop(model, loader, optimizer=torch.optim.SGD(model.parameters(), 0.1)).fit(4)

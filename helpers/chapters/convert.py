@@ -3,7 +3,6 @@
 """ConveRT, a dual encoder that finds the reply to a context (Henderson et al. 2019, https://arxiv.org/abs/1911.03688)."""
 
 import base64
-import itertools
 import zlib
 from dataclasses import asdict, dataclass, replace
 
@@ -52,17 +51,14 @@ def preset(name, **changes):
         raise ValueError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
     return replace(PRESETS[name], **changes)
 
-def train_pieces(texts, vocab_size):
-    """Byte pair encoding of lower-case texts, as the bytes of a tokenizer.json."""
+def train_tokenizer(texts, config):
+    """A `Tokenizer` whose pieces are learned by byte pair encoding of lower-case texts."""
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     backend.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=["<unk>"], show_progress=False))
-    return backend.to_str().encode()
-
-PADDING = 0  # fills short texts up; no piece has this id
-
+        vocab_size=config.vocab_size, min_frequency=2, special_tokens=["<unk>"], show_progress=False))
+    return Tokenizer(backend.to_str().encode(), config)
 
 class Tokenizer:
     """Texts -> lists of ids, cut to config.max_length. model: the bytes of a tokenizer.json or a sentencepiece model.
@@ -84,10 +80,6 @@ class Tokenizer:
         if size > config.vocab_size:
             raise ValueError(f"The tokenizer has {size:,} pieces, the model's embedding takes {config.vocab_size:,}: "
                              f"set vocab_size to {size} or more.")
-
-    @classmethod
-    def train(cls, texts, config):
-        return cls(train_pieces(texts, config.vocab_size), config)
 
     def __call__(self, texts):
         texts = list(texts)
@@ -119,9 +111,13 @@ def embed(ids, places, pieces, tables):
         x = x + table(places % table.num_embeddings)
     return x
 
+PADDING = 0  # fills short texts up; no piece has this id
+
+
 def pad(rows):
     """Lists of ids -> (rows, longest)."""
-    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=PADDING)
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(rows, True, PADDING) if rows else torch.zeros(0, 0, dtype=torch.long)
 
 
 class Layout:
@@ -141,7 +137,7 @@ class Layout:
     def padded(self, flat):
         """(tokens, width) -> (texts, length, width), zero at padding."""
         rows = flat.new_zeros(self.mask.numel(), flat.shape[1]).index_copy(0, self.index, flat)
-        return rows.view(*self.shape, -1)
+        return rows.view(*self.shape, flat.shape[1])
 
 class Attention(nn.Module):
     """Self-attention over real tokens (tokens, width) -> (tokens, heads * value_width).
@@ -444,13 +440,11 @@ class ConveRT(DualEncoder):
         return self._encode("reply", replies)
 
     @torch.inference_mode()
-    def _encode(self, name, texts, size=2_048):
-        training, ids = self.training, self.tokenizer(texts)
-        self.eval()
-        parts = [self.towers[name](self(pad(ids[i:i + size]).to(self.similarity.device))).float().cpu()
-                 for i in range(0, len(ids), size)]
+    def _encode(self, name, texts):
+        training, ids = self.training, pad(self.tokenizer(texts))
+        vectors = self.eval().towers[name](self(ids.to(self.similarity.device))).float().cpu()
         self.train(training)
-        return torch.cat(parts) if parts else torch.empty(0, self.config.output_width)
+        return vectors
 
 def plain_state(model):
     """The exact weights, under the names that they have in a model that is not quantized."""
