@@ -11,28 +11,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    PreTrainedTokenizerFast,
-)
 
 from helpers import experiment, run, storage
 from helpers.chapters import attention, convert
 from helpers.training import TrainLoop
-from servers.embedded import connected
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,52 +33,26 @@ def word_tokenizer():
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=32
-    )
+    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **special)
 
 
-def gpt2(**options):
+SIZE = dict(vocab_size=len(WORDS), bos_token_id=1, eos_token_id=1, attn_implementation="sdpa")
+
+
+def gpt2():
     """Random weights large enough that its attention is not just even."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(WORDS),
-            n_positions=32,
-            n_embd=24,
-            n_layer=3,
-            n_head=4,
-            initializer_range=0.5,
-            bos_token_id=1,
-            eos_token_id=1,
-            attn_implementation="sdpa",
-            **options,
-        )
-    )
+    shape = dict(n_positions=32, n_embd=24, n_layer=3, n_head=4, initializer_range=0.5)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **SIZE))
 
 
 def bart():
     torch.manual_seed(0)
-    model = BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=len(WORDS),
-            max_position_embeddings=32,
-            d_model=24,
-            encoder_layers=1,
-            decoder_layers=2,
-            encoder_attention_heads=2,
-            decoder_attention_heads=3,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-            init_std=0.5,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=1,
-            decoder_start_token_id=1,
-            forced_eos_token_id=None,
-            attn_implementation="sdpa",
-        )
-    )
+    shape = dict(max_position_embeddings=32, d_model=24, encoder_layers=1, decoder_layers=2, init_std=0.5)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=3, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    ends = dict(pad_token_id=0, decoder_start_token_id=1, forced_eos_token_id=None)
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**shape, **heads, **ends, **SIZE))
     model.generation_config.max_new_tokens = 8
     return model
 
@@ -99,7 +60,7 @@ def bart():
 def conversation_model():
     config = convert.preset("tiny", vocab_size=300, width=32, attention_width=8, windows=(1, 2), feed_forward=32)
     torch.manual_seed(0)
-    model = convert.ConveRT(config, convert.Tokenizer.train(TEXTS * 3, config))
+    model = convert.ConveRT(config, convert.train_tokenizer(TEXTS * 3, config))
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.3)
     return model
@@ -141,11 +102,8 @@ def test_cross_attention_is_the_decoders_over_the_encoders_tokens():
     assert example.source == [*source.split(), "</s>"] and example.target == [*target.split(), "</s>"]
     assert np.stack(example.weights).shape == (2, 3, 5, 7)
     for layer, each in enumerate(layers):
-        projected = (
-            heads_of(project(kept[layer][-1].reshape(-1, 24)), 3)
-            for project, kept in ((each.q_proj, queries), (each.k_proj, keys))
-        )
-        query, key = projected
+        query = heads_of(each.q_proj(queries[layer][-1].reshape(-1, 24)), 3)
+        key = heads_of(each.k_proj(keys[layer][-1].reshape(-1, 24)), 3)
         expected = (query @ key.transpose(1, 2) / 8**0.5).softmax(-1)
         assert np.allclose(example.weights[layer], expected.detach(), atol=1e-6) and example.weights[layer].std() > 0.05
 
@@ -210,7 +168,8 @@ def test_fast_attention_is_back_afterwards_also_after_an_error():
 
 
 def test_models_without_attention_are_named():
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, state_size=4))
+    config = transformers.MambaConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, state_size=4)
+    mamba = transformers.MambaForCausalLM(config)
     for model in (nn.Linear(2, 2), mamba):
         with pytest.raises(ValueError, match=f"{type(model).__name__} gives no attention weights"):
             attention.collect(model, word_tokenizer(), ["the cat"])
@@ -221,24 +180,20 @@ def test_models_without_attention_are_named():
 
 def test_other_models_of_transformers_and_texts_that_are_too_long():
     torch.manual_seed(0)
-    small = dict(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=8,
-    )
-    for model in (BertModel(BertConfig(**small)), LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=1))):
+    small = dict(vocab_size=len(WORDS), max_position_embeddings=8)
+    small |= dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    bert = transformers.BertModel(transformers.BertConfig(**small))
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, num_key_value_heads=1))
+    for model in bert, llama:
         [example] = attention.collect(model, word_tokenizer(), LONG)  # one text, too
         assert np.stack(example.weights).shape == (2, 2, 8, 8) and example.source == [*LONG.split()[:7], "</s>"]
-        assert (np.triu(example.weights[0][0], 1).max() == 0) == isinstance(model, LlamaForCausalLM)
+        assert (np.triu(example.weights[0][0], 1).max() == 0) == (model is llama)
 
 
 def test_tokens_are_readable_in_any_script():
     backend = Tokenizer(models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    of_bytes = PreTrainedTokenizerFast(tokenizer_object=backend)
+    of_bytes = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
     tokens = attention.token_texts(of_bytes, of_bytes("a 日é")["input_ids"])
     assert tokens == ["a", " ", "日 1/3", "日 2/3", "日 3/3", "é 1/2", "é 2/2"]
 
@@ -348,13 +303,8 @@ def test_html_is_self_contained_and_safe_and_has_all_weights():
 
     data = page_data(page)
     assert [shown["source"] for shown in data["examples"]] == [example.source for example in examples]
-    assert [layer["name"] for layer in data["examples"][0]["layers"]] == [
-        "layer 1",
-        "layer 2",
-        "layer 3",
-        "all layers",
-        "rollout",
-    ]
+    names = [layer["name"] for layer in data["examples"][0]["layers"]]
+    assert names == ["layer 1", "layer 2", "layer 3", "all layers", "rollout"]
     for shown, example in zip(data["examples"], examples):
         views = [*example.weights, attention.mean(example)[None], attention.rollout(example)[None]]
         for layer, weights in zip(shown["layers"], views):
@@ -425,42 +375,30 @@ def test_html_shows_what_is_picked_and_pointed_at():
     assert third["said"].startswith("“<b>” looks at “␣”") and same(third, other.weights[0].mean(0))
 
 
-def trained(url, epochs=2, callbacks=True, **options):
-    """The model and its loop, with a Heatmaps callback on TEXTS, or without."""
+def trained(*callbacks):
     model, tokenizer = gpt2(), word_tokenizer()
     ids = tokenizer([LONG] * 4, return_tensors="pt")["input_ids"]
-    loop = TrainLoop(
-        model,
-        DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None),
-        optimizer=torch.optim.SGD(model.parameters(), 0.1),
-    )
-    loop.fit(epochs, [attention.Heatmaps(url, tokenizer, TEXTS, **options)] if callbacks else ())
-    return model, loop
+    batches = DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None)
+    TrainLoop(model, batches, optimizer=torch.optim.SGD(model.parameters(), 0.1)).fit(2, callbacks)
+    return model
 
 
-def test_heatmaps_of_every_text_in_the_runs_folder(embedded_env, capsys):
-    with connected(embedded_env):
-        storage.create_bucket("heatmaps")
-        run = experiment.Run("s3://heatmaps/runs")
-        model, loop = trained(f"{run.url}/attention")
-        names = [f"epoch_{epoch:03}/{i:05}.png" for epoch in (1, 2) for i in range(len(TEXTS))]
-        assert storage.list_files(f"{run.url}/attention") == names
-        examples = attention.collect(model, word_tokenizer(), TEXTS)
-        assert "heatmap 5/5" in capsys.readouterr().out  # progress, in the bar of the training
-        for i, example in enumerate(examples):  # each picture is of its text
-            pixels = np.asarray(Image.open(io.BytesIO(storage.read(f"{run.url}/attention/epoch_002/{i:05}.png"))))
-            figure = attention.heatmap(example, attention.mean(example))
-            assert np.abs(pixels[..., :3].astype(int) - drawn(figure)).max() <= 2
-        attention.save(examples, f"{run.url}/after", lambda example: example.weights[0])  # after the fact
-        assert "5/5" in capsys.readouterr().out
-        assert storage.list_files(f"{run.url}/after") == [f"{i:05}.png" for i in range(5)]
-
-
-def test_training_is_the_same_with_heatmaps(tmp_path):
-    model, _ = trained(tmp_path, view=attention.rollout)
-    assert len(storage.list_files(tmp_path)) == 2 * len(TEXTS) and model.training
-    other, _ = trained(tmp_path / "other", callbacks=False)
-    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters()))
+def test_heatmaps_of_every_text_in_the_runs_folder_and_training_is_the_same(embedded, bucket, capsys):
+    storage.create_bucket(bucket)
+    url = experiment.Run(f"s3://{bucket}/runs").url
+    model = trained(attention.Heatmaps(f"{url}/attention", word_tokenizer(), TEXTS))
+    assert model.training and all(torch.equal(*pair) for pair in zip(model.parameters(), trained().parameters()))
+    names = [f"epoch_{epoch:03}/{i:05}.png" for epoch in (1, 2) for i in range(len(TEXTS))]
+    assert storage.list_files(f"{url}/attention") == names
+    examples = attention.collect(model, word_tokenizer(), TEXTS)
+    assert "heatmap 5/5" in capsys.readouterr().out  # progress, in the bar of the training
+    for i, example in enumerate(examples):  # each picture is of its text
+        pixels = np.asarray(Image.open(io.BytesIO(storage.read(f"{url}/attention/epoch_002/{i:05}.png"))))
+        figure = attention.heatmap(example, attention.mean(example))
+        assert np.abs(pixels[..., :3].astype(int) - drawn(figure)).max() <= 2
+    attention.save(examples, f"{url}/after", lambda example: example.weights[0])  # after the fact
+    assert "5/5" in capsys.readouterr().out
+    assert storage.list_files(f"{url}/after") == [f"{i:05}.png" for i in range(5)]
 
 
 def test_what_cannot_be_written_is_an_error(tmp_path):

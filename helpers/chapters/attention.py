@@ -258,6 +258,7 @@ def draw_and_write(examples, url, view):
         for write in writes:
             write.result()  # raises the error if one could not be written
 
+
 def save(examples, url, view=mean):
     """Write heatmaps of what `view`, such as rollout, makes of each example to {url}/00000.png, … at any fsspec URL."""
     with storage.progress(len(examples), "drawing", "heatmap") as bar:
