@@ -39,19 +39,14 @@ def postgres():
         yield port
 
 
-def new_database(port):
-    """The URL of a new database in PostgreSQL."""
-    name = f"jokes{next(numbers)}"
-    pg.query(port, f"CREATE DATABASE {name}")
-    return f"postgresql://bot:{quote(pg.PASSWORD, safe='')}@127.0.0.1:{port}/{name}"
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request, tmp_path):
     """The URL of a new database, connected."""
     if request.param == "sqlite":
         return request.getfixturevalue("sqlite")
-    url = new_database(request.getfixturevalue("postgres"))
+    port, name = request.getfixturevalue("postgres"), f"jokes{next(numbers)}"
+    pg.query(port, f"CREATE DATABASE {name}")
+    url = f"postgresql://bot:{quote(pg.PASSWORD, safe='')}@127.0.0.1:{port}/{name}"
     bot.connect(url)
     return url
 
@@ -95,7 +90,7 @@ class Gate:
         return echo(questions)
 
 
-def test_a_second_vote_of_the_same_person_replaces_the_first(database):
+def test_a_second_vote_of_the_same_person_replaces_the_first_and_any_text_can_be_told(database, request):
     one, two = bot.record("human", "Why?", "Because."), bot.record("model", "How?", "So.", asked=True)
     assert bot.tally() == {"human": (1, 0, 0), "model": (1, 0, 0)}
     told = bot.vote(one.id, 1, True)
@@ -107,9 +102,16 @@ def test_a_second_vote_of_the_same_person_replaces_the_first(database):
     bot.vote(one.id, 1, False)
     assert bot.tally() == {"human": (1, 2, 1), "model": (1, 1, 0)}
     assert bot.vote(10**17, 1, True) is None
+    if database.startswith("postgresql"):  # a restarted server breaks nothing
+        ends = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        pg.query(request.getfixturevalue("postgres"), ends)
     bot.connect(database)  # as after a restart
     assert bot.tally() == {"human": (1, 2, 1), "model": (1, 1, 0)}
     assert bot.tally(asked=False) == {"human": (1, 2, 1)} and bot.tally(asked=True) == {"model": (1, 1, 0)}
+    joke = bot.record("it's; DROP TABLE vote --", "a\0b \ud800 😀 'quoted' \"doubly\" %s", "x" * 5000)
+    told = bot.vote(joke.id, "me", True)
+    assert told.question == "ab  😀 'quoted' \"doubly\" %s" and 1000 < len(told.answer) < 4000
+    assert bot.tally()["it's; DROP TABLE vote --"] == (1, 1, 1)
 
 
 def test_a_database_of_the_version_before_keeps_its_votes(database, notebook):
@@ -153,22 +155,12 @@ def test_jokes_that_people_like_are_the_next_data_set(notebook, sqlite, tmp_path
     with open(f"{run.url}/votes.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["answer"] for row in table] == [row["answer"] for row in rows]
-    assert Counter((row["asked"], row["liked"]) for row in table) == {
-        ("False", "True"): 11,
-        ("False", "False"): 7,
-        ("True", "True"): 6,
-    }
+    counted = Counter((row["asked"], row["liked"]) for row in table)
+    assert counted == {("False", "True"): 11, ("False", "False"): 7, ("True", "True"): 6}
     if find_spec("pyarrow"):
         import pyarrow.parquet
 
         assert pyarrow.parquet.read_table(f"{run.url}/votes.parquet").to_pylist() == rows
-
-
-def test_any_text_can_be_told(database):
-    joke = bot.record("it's; DROP TABLE vote --", "a\0b \ud800 😀 'quoted' \"doubly\" %s", "x" * 5000)
-    told = bot.vote(joke.id, "me", True)
-    assert told.question == "ab  😀 'quoted' \"doubly\" %s" and 1000 < len(told.answer) < 4000
-    assert bot.tally() == {"it's; DROP TABLE vote --": (1, 1, 1)}
 
 
 def test_no_vote_is_lost_when_the_voters_are_killed(sqlite, tmp_path):
@@ -202,17 +194,9 @@ def test_a_file_is_private_whatever_its_name(tmp_path, monkeypatch):
         assert (tmp_path / path).stat().st_mode & 0o777 == 0o600 and bot.tally() == {"human": (1, 1, 1)}
 
 
-def test_a_restarted_server_breaks_nothing(postgres):
-    bot.connect(new_database(postgres))
-    joke = bot.record("model", "Why?", "Because.")
-    pg.query(postgres, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
-    assert bot.vote(joke.id, "me", False)
-
-
 SERVER = "postgresql://bot:{}@127.0.0.1"
 BAD = {
     "no scheme": "jokes.db",
-    "mysql": "mysql://bot:{}@127.0.0.1/jokes",
     "no server": SERVER + ":9/jokes",
     "not encoded": "postgresql://bot:{raw}@127.0.0.1:{port}/jokes",
     "a hash": "postgresql://bot:w:rd#1@127.0.0.1/jokes",
@@ -413,15 +397,8 @@ def test_a_vote_below_a_message_that_is_too_old_counts(chat):
     message, before = chat.reply(8), votes(chat)
     old = {"message_id": message["message_id"], "date": 0, "chat": message["chat"]}
     chat.queries.clear()  # nor can the query be answered any more
-    chat.push(
-        callback_query={
-            "id": "1",
-            **{"from": message["chat"] | {"is_bot": False}},
-            "chat_instance": "1",
-            "data": buttons(message)["👍"],
-            "message": old,
-        }
-    )
+    pressed = {"id": "1", "from": message["chat"] | {"is_bot": False}, "chat_instance": "1", "message": old}
+    chat.push(callback_query=pressed | {"data": buttons(message)["👍"]})
     chat.wait(lambda: votes(chat) == (before[0] + 1, before[1] + 1), "the vote")
     chat.press(9, None, buttons(message)["👎"])  # of an inline message
     chat.wait(lambda: votes(chat) == (before[0] + 2, before[1] + 1), "the other vote")
@@ -467,8 +444,8 @@ def test_malformed_updates_are_left_out(chat):
     assert chat.process.is_alive()
 
 
-def test_two_hundred_users_at_once(chat):
-    people = range(1000, 1200)
+def test_more_users_at_once_than_may_wait(chat):
+    people = range(1000, 1120)
     for person in people:
         chat.say(person, "/joke" if person % 2 else "Why is the lighthouse bright?")
     texts = [chat.reply(person)["text"] for person in people]
@@ -571,11 +548,14 @@ def test_models_and_people_tell_jokes_side_by_side(models, sqlite, one_thread, m
     urls = [f"{models}/jokes-minilm", f"{models}/jokes-small", f"{models}/jokes-small", f"{models}/human.csv"]
     sources = bot.load_sources(urls)
     assert list(sources) == ["minilm", "small", urls[2], "human.csv"]  # what the votes are to compare
-    with joke_bot(sources, batch=4, stock=4, seed=0) as jokes:
-        told = [jokes.tell(i, "Why?" if i % 2 else None) for i in range(40)]
-    assert all(joke.question.strip() and joke.answer.strip() for joke in told)
-    assert {joke.question for joke in told[1::2]} == {"Why?"} and {joke.source for joke in told[::2]} == set(sources)
-    assert {joke.source for joke in told[1::2]} == set(sources) - {"human.csv"}
+    with joke_bot(sources, stock=0, seed=0) as jokes:
+        asked = [jokes.ask(i, "Why?" if i % 2 else None) for i in range(40)]
+        told = [future.result(60) for future in asked]
+    assert all(question.strip() and answer.strip() for _, question, answer in told)
+    assert {question for _, question, _ in told[1::2]} == {"Why?"} and {source for source, *_ in told[::2]} == {
+        *sources
+    }
+    assert {source for source, *_ in told[1::2]} == {*sources} - {"human.csv"}
     with pytest.raises(storage.StorageError, match=r"minilm tells no jokes with {'temperature': 0.0}"):
         bot.load_sources(urls[:1], temperature=0.0)
     monkeypatch.setenv("TELEGRAM_BOT_TOKEN", tg.TOKEN)
@@ -596,32 +576,22 @@ def test_the_models_of_a_bucket_are_found(notebook, models, embedded, bucket):
     found = notebook("def find_models", model_urls=[], **names)
     assert found["models"] == [f"s3://{bucket}/models/jokes", f"s3://{bucket}/models/jokes-small"]
     assert list(found["sources"]) == ["minilm", "small", "human.csv"]
-    given = notebook("def find_models", model_urls=f"{models}/jokes-small {models}/jokes-minilm", **names)
-    assert list(given["sources"]) == ["small", "minilm", "human.csv"]
+    given = notebook("def find_models", model_urls=f"{models}/human.csv {models}/jokes-small", **names)
+    assert list(given["sources"]) == ["human.csv", "small"]
 
 
 def test_what_cannot_be_a_source_is_named(tmp_path):
     empty = tmp_path / "empty.csv"
     empty.write_text("ID,Question,Answer\n")
-    for url, said in (
-        (str(empty), "holds no jokes"),
-        (str(tmp_path / "none.csv"), "none.csv"),
-        (str(tmp_path / "model"), "NOTEBOOKS=05"),
-    ):
+    for url, said in (empty, "holds no jokes"), (tmp_path / "none.csv", "none.csv"), (tmp_path, "NOTEBOOKS=05"):
         with pytest.raises(storage.StorageError, match=said):
-            bot.load_sources([url])
+            bot.load_sources([str(url)])
 
 
 def test_the_panel_of_the_notebook(notebook, sqlite):
     with joke_bot({"model": echo}, per_minute=3, stock=0) as jokes:
-        shown = notebook(
-            "def panel",
-            "def picture",
-            jokes=jokes,
-            sources={"people": bot.People(PAIRS)},
-            human="people",
-            display=print,
-        )
+        names = dict(jokes=jokes, sources={"people": bot.People(PAIRS)}, human="people", display=print)
+        shown = notebook("def panel", "def picture", **names)
         assert "Both &lt; lean" in shown["picture"](bot.Joke(question=PAIRS[0][0], answer=PAIRS[0][1]), "👍").data
         panel = shown["panel"](jokes)
         (question, tell), shown, buttons = panel.children[0].children, panel.children[1], panel.children[2]
