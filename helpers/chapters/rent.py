@@ -218,7 +218,9 @@ def main(argv=None):
         if command is submit:
             options["machine"] = Machine(**{field.name: options.pop(field.name) for field in fields(Machine)})
             options["parameters"] = {name: parse_value(value) for name, value in options["parameters"]}
-            [options["notebook"]] = pick([options["notebook"]])
+            options["notebook"], *others = pick([options["notebook"]])
+            if others:
+                raise ValueError(f"one notebook a machine: name {Path(options['notebook']).stem} or another of its stage")
         storage.connect()
         result = command(**options)
     except ValueError as error:
