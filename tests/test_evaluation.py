@@ -3,9 +3,7 @@
 import math
 import os
 import socket
-import string
 import warnings
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassCohenKappa
-from torchmetrics.wrappers import LambdaInputTransformer
 
 from helpers.chapters import evaluation
 from helpers.training import TrainLoop
@@ -200,41 +197,28 @@ def test_regression_is_scikit_learns(data):
     )
 
 
-def squad_words(text):
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return [word for word in text.split() if word not in ("a", "an", "the")]
-
-
-def squad_f1(output, target):
-    output, target = squad_words(output), squad_words(target)
-    if not output or not target:
-        return float(output == target)
-    common = sum(min(count, Counter(target)[word]) for word, count in Counter(output).items())
-    return 2 * common / (len(output) + len(target))
-
-
 def several(target):
     return [target] if isinstance(target, str) else target
 
 
 def test_question_answering_is_squads():
-    outputs, targets = texts()
-    expected = mean(
-        [
-            {
-                "exact_match": max(squad_words(output) == squad_words(each) for each in several(target)),
-                "f1": max(squad_f1(output, each) for each in several(target)),
-            }
-            for output, target in zip(outputs, targets)
-        ]
+    rows = [  # output, one or several right answers, exact match, f1
+        ("The Eiffel-Tower!", "an eiffeltower", 1, 1),  # case, punctuation and articles do not count
+        ("in 1889", ["1889", "the year 1889"], 0, 2 / 3),  # the best of them
+        ("a cat sat on mat", "on the mat, a dog sat", 0, 2 * 3 / (4 + 4)),
+        ("cat cat", "cat", 0, 2 / 3),
+        ("", [], 1, 1),
+        ("", "", 1, 1),
+        ("the", "", 1, 1),
+        ("cat", [], 0, 0),
+        ("", "cat", 0, 0),
+    ]
+    outputs, targets, exact, f1 = zip(*rows)
+    same(
+        values(evaluation.question_answering(), (outputs, targets)), {"exact_match": np.mean(exact), "f1": np.mean(f1)}
     )
-    assert 0.05 < expected["exact_match"] < expected["f1"] < 0.95
-    same(values(evaluation.question_answering(), (outputs, targets)), expected)
-
-
-def test_a_question_without_an_answer():
-    found = values(evaluation.question_answering(), (["", "the", "cat"], [[], "", []]))
-    same(found, {"exact_match": 2 / 3, "f1": 2 / 3})
+    for output, target, exact, f1 in rows:
+        same(values(evaluation.question_answering(), ([output], [target])), {"exact_match": exact, "f1": f1})
 
 
 def test_outputs_and_targets_of_different_number():
@@ -283,11 +267,8 @@ def test_translation_is_sacrebleus():
     }
     assert 0.05 < expected["bleu"] < 0.95
     same(values(evaluation.translation(), (outputs, targets)), expected)
-    for output, target in zip(outputs, map(several, targets)):
-        found = values(evaluation.translation(), ([output], [target]))
-        assert found["sentence_bleu"] == pytest.approx(sacrebleu.sentence_bleu(output, target).score / 100, abs=1e-5)
-        unsmoothed = sacrebleu.corpus_bleu([output], [[each] for each in target], smooth_method="none").score / 100
-        assert found["bleu"] == pytest.approx(unsmoothed, abs=1e-5)
+    none = values(evaluation.translation(), (["a cat sat"], ["a cat lay"]))  # no four words in a row
+    assert none["bleu"] == 0 < none["sentence_bleu"]
 
 
 def test_language_modelling_is_the_mean_over_all_tokens():
@@ -316,16 +297,6 @@ def test_retrieval_is_by_rank():
     expected["mrr"] = np.mean([1 / rank for rank in ranks])
     assert 0 < expected["recall@1"] < expected["recall@3"] < expected["recall@10"] < 1
     same(values(evaluation.retrieval(), (similarities, targets)), expected)
-    distinct = torch.randn(43, 20, generator=random())  # without ties it is scikit-learn's
-    relevant = F.one_hot(targets, 20)
-    found = values(evaluation.retrieval((2,)), (distinct, targets))
-    same(
-        found,
-        {
-            "recall@2": sk.top_k_accuracy_score(targets, distinct, k=2, labels=range(20)),
-            "mrr": sk.label_ranking_average_precision_score(relevant, distinct),
-        },
-    )
 
 
 def test_retrieval_of_a_similarity_matrix():
@@ -336,15 +307,6 @@ def test_retrieval_of_a_similarity_matrix():
 
 
 # ------------------------------------------------------------------------------ batches, processes, the training loop
-
-
-@pytest.mark.parametrize("name", PACKAGES)
-def test_batches_give_what_all_at_once_gives(name):
-    package, data = PACKAGES[name]
-    found = package()
-    values(found, *batches(data())[3:])
-    found.reset()
-    same(values(found, *batches(data())), values(package(), data()))
 
 
 def test_packages_in_one_collection_keep_their_values():
@@ -361,13 +323,6 @@ def test_packages_in_one_collection_keep_their_values():
     question_answering = values(evaluation.question_answering(), texts())
     together = MetricCollection([evaluation.translation(), evaluation.question_answering()])
     same(values(together, *batches(texts())), question_answering | values(evaluation.translation(), texts()))
-
-
-def test_inputs_of_another_form():
-    logits, ids = tokens()
-    shifted = LambdaInputTransformer(evaluation.language_modelling(), lambda x: x[:, :-1], lambda x: x[:, 1:])
-    expected = values(evaluation.language_modelling(), (logits[:, :-1], ids[:, 1:]))
-    same(values(shifted, *batches((logits, ids))), expected)
 
 
 def loop_values(metrics, data, criterion=F.cross_entropy):
@@ -406,10 +361,12 @@ def in_a_process(rank, port, results):
     }
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    found = {
-        name: values(package(), *(part for n, part in enumerate(batches(data())) if (n % 3 == 0) == (rank == 0)))
-        for name, (package, data) in PACKAGES.items()
-    }
+    found = {}
+    for name, (package, data) in PACKAGES.items():
+        mine, metric = [part for n, part in enumerate(batches(data())) if (n % 3 == 0) == (rank == 0)], package()
+        values(metric, *mine[1:])
+        metric.reset()
+        found[name] = values(metric, *mine)
     found["loop"] = loop_values(evaluation.classification(5), classes())
     torch.save(found, f"{results}/{rank}.pt")
     torch.distributed.destroy_process_group()
