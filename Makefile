@@ -43,7 +43,8 @@ bench: setup
 	$(BIN)/python -m pip install --no-deps --progress-bar off -r requirements-bench.lock
 	$(BIN)/python -m pip install --no-deps --progress-bar off mosaicml-streaming==0.13.0 brotli==1.2.1 catalogue==2.0.10 \
 		cramjam==2.14.0 python-snappy==0.7.3 xxhash==4.1.0 zstd==1.5.7.2
-	$(BIN)/python -m helpers run 01 04 05 08 10 11 -p benchmark True $(ARGS)
+	$(BIN)/python -m helpers run 01 04 05 08 10 11 -p benchmark True $(ARGS); status=$$?; \
+		$(BIN)/python -c 'from helpers.chapters import bench; print(bench.gather("runs/latest"))'; exit $$status
 
 clean:
 	rm -rf $(VENV) runs site .s3 .pytest_cache *.egg-info helpers/__pycache__ helpers/chapters/__pycache__ tests/__pycache__

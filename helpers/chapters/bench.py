@@ -17,8 +17,10 @@ from pathlib import Path
 
 import cv2
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import psutil
+import torch
 from IPython.display import Markdown
 
 from helpers import storage
@@ -144,6 +146,22 @@ def fill(servers, name, files):
         path.write_bytes(data)
     time.sleep(1.5)  # the server looks at its folders every second
 
+def as_features(loaders, **said):
+    """What each loader's dataset can do, as a table. said: {column: those that can}, which is not tried."""
+    columns = ["random access", "any order", "knows its length", "resumes", *said]
+    lines = [f"| | {' | '.join(columns)} |", "|:--" * (1 + len(columns)) + "|"]
+    for name, loader in loaders.items():
+        dataset = loader.dataset
+        any_order = not isinstance(dataset, torch.utils.data.IterableDataset)
+        try:
+            by_number = dataset[len(dataset) - 1] is not None
+        except (TypeError, NotImplementedError):  # no such method, or PyTorch's own, which says so
+            by_number = False
+        found = [by_number, any_order, hasattr(dataset, "__len__"), any_order or hasattr(dataset, "state_dict"),
+                 *(name in those for those in said.values())]
+        lines.append(f"| {name} | " + " | ".join("yes" if each else "no" for each in found) + " |")
+    return Markdown("\n".join(lines))
+
 def processor_seconds(servers):
     """Processor time of this process and of its children but the servers, since they began."""
     used = sum(psutil.Process().cpu_times()[:2])
@@ -232,3 +250,18 @@ def draw(url, path):
             rates = row["images_per_second"], row["processor_us_per_image"]
             contenders.setdefault(row["contender"], []).append(rates)
     as_bars(found).savefig(path, dpi=110)
+
+def gather(folder):
+    """The numbers among the results of the executed notebooks in a folder that have a parameter `benchmark`: a table."""
+    from helpers.run import read_results  # here: it takes a second to import
+
+    lines = [f"{'notebook':26}{'result':46}{'value':>12}"]
+    for path in sorted(Path(folder).glob("*.ipynb")):
+        executed = nbformat.read(path, as_version=4)
+        parameters = [cell.source for cell in executed.cells if "parameters" in cell.metadata.get("tags", [])]
+        if any("benchmark =" in source for source in parameters):
+            with suppress(ValueError):  # it has failed, which the run has said
+                lines += [f"{path.stem:26}{name.replace('_', ' '):46}{value:12,.4g}"
+                          for name, value in read_results(executed).items()
+                          if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return "\n".join(lines)
