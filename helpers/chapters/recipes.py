@@ -77,12 +77,11 @@ QUANTILES = 0.05, 0.25, 0.5, 0.75, 0.95  # of absolute values: the whiskers, box
 
 def measure_gradient(gradient, most=100_000):
     """norm, mean, std and max of a gradient, and the quantiles of the absolute values of at most `most` of it."""
-    values = gradient.detach().float().flatten()
+    values = gradient.detach().float().flatten().cpu()
     some = values[::math.ceil(len(values) / most)].abs()
-    quantiles = torch.quantile(some, torch.tensor(QUANTILES, device=some.device)).tolist()
-    moments = torch.stack([values.norm(), values.mean(), values.std(correction=0), values.abs().max()]).tolist()
-    names = "norm", "mean", "std", "max", *(f"quantile_{q}" for q in QUANTILES)
-    return dict(zip(names, moments + quantiles))
+    moments = {"norm": values.norm(), "mean": values.mean(), "std": values.std(correction=0), "max": values.abs().max()}
+    quantiles = {f"quantile_{q}": some.quantile(q) for q in QUANTILES}
+    return {name: value.item() for name, value in (moments | quantiles).items()}
 
 def plot_gradients(rows):
     """A figure of one box per weight: the quantiles of its gradients, each the mean over the rows of the last epoch."""
