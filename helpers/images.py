@@ -131,7 +131,7 @@ class S3ImageFolder(Dataset):
             self.table = self.table.replace(targets=np.array([*map(self.class_to_idx.get, found)])[self.table.targets])
         small = self.shards and self.table.sizes.sum() <= WINDOW
         self._memory = {} if small else None  # {index: bytes}: a small pack stays there
-        self._kept = None  # 1 for each image that this process has seen whole in the cache: no look nor checksum again
+        self._kept = bytearray(len(self) * bool(cache_dir))  # 1: seen whole in the cache
 
     samples = property(
         lambda self: MadeList(len(self), lambda i: (self.url(i), int(self.table.targets[i]))),
@@ -155,7 +155,7 @@ class S3ImageFolder(Dataset):
         return Span(f"{self.root}/{self.shards[table.places[index]]}", first, first + size, version)
 
     def __getstate__(self):
-        return {**vars(self), "_memory": self._memory and {}, "_kept": None}  # a worker reads its own
+        return {**vars(self), "_memory": self._memory and {}}  # a worker reads its own
 
     def __len__(self):
         return len(self.table.sizes)
@@ -184,12 +184,8 @@ class S3ImageFolder(Dataset):
             image, target = images[index], int(self.table.targets[index])
             if len(images) < len(indices):  # some come more than once, and a transform may change an image in place
                 image = copy.deepcopy(image)
-            items.append(
-                (
-                    self.transform(image) if self.transform else image,
-                    self.target_transform(target) if self.target_transform else target,
-                )
-            )
+            image = self.transform(image) if self.transform else image
+            items.append((image, self.target_transform(target) if self.target_transform else target))
         return items
 
     def _fetch_ahead(self, prefetch, batches):
@@ -212,7 +208,7 @@ class S3ImageFolder(Dataset):
         chunk = 1 if self.shards or not (prefetch.fetching or prefetch.decoding) else CHUNK
         prefetch.fetching |= dict.fromkeys(new)  # None: no request, for what is here already
         cache, memory = self._open_cache(), self._memory or ()
-        here = {index for index in new if index in memory or cache and (self._kept[index] or cache.has(self.url(index)))}
+        here = {i for i in new if i in memory or cache and (self._kept[i] or cache.has(self.url(i)))}
         for task in chunks(self.group([index for index in new if index not in here]), chunk):
             future = threads("fetch", THREADS).submit(self._fetch, task)
             prefetch.fetching |= dict.fromkeys(itertools.chain(*task), future)
@@ -296,8 +292,6 @@ class S3ImageFolder(Dataset):
         return data
 
     def _open_cache(self):
-        if self.cache and self._kept is None:
-            self._kept = bytearray(len(self))
         return open_cache(*self.cache) if self.cache else None
 
 
