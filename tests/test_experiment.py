@@ -74,9 +74,8 @@ def linear(seed, size=4):
 
 def same(weights, model):
     state = model.state_dict()
-    return weights.keys() == state.keys() and all(
-        torch.equal(weights[name], state[name]) and weights[name].dtype == state[name].dtype for name in state
-    )
+    equal = lambda one, other: one.dtype == other.dtype and torch.equal(one, other)
+    return weights.keys() == state.keys() and all(equal(weights[name], state[name]) for name in state)
 
 
 def figure():
@@ -95,9 +94,6 @@ def full_run(url, **hyperparameters):
     run.save_predictions(torch.arange(6.0).reshape(3, 2).T, np.array([1, 0]))
     run.finish({"accuracy": 0.75, "model": "there"})
     return run
-
-
-# --------------------------------------------------------------------------------------------------------------- runs
 
 
 def test_a_run_leaves_all_its_files_and_a_manifest_that_lists_them(everywhere):
@@ -253,29 +249,28 @@ def git(folder, *arguments):
 
 
 def test_the_environment_names_versions_and_the_commit(tmp_path, monkeypatch):
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-
     def environment():
         return json.loads(storage.read(f"{experiment.Run('memory://environment', a=1).url}/environment.json"))
 
+    def commit():
+        return [environment()[name] for name in ("git_commit", "git_dirty")]
+
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.chdir(tmp_path)
     found = environment()
     assert found["device"] == "cpu" or torch.accelerator.is_available()
     assert found["python"] == sys.version.split()[0] and sys.platform.lower() in found["platform"].lower()
     assert {"torch", "torchvision", "transformers", "accelerate", "numpy"} <= found["packages"].keys()
     assert found["packages"] == {name: version(name) for name in found["packages"]}
-    assert found["git_commit"] is None and found["git_dirty"] is None
-    git(tmp_path, "init")
+    assert commit() == [None, None]
     (tmp_path / "file").write_text("one")
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-m", "one")
-    git(tmp_path, "tag", "v1")
-    commit = git(tmp_path, "rev-parse", "HEAD")
-    assert [environment()[name] for name in ("git_commit", "git_dirty")] == [commit, False]
+    for words in "init", "add .", "commit -m one", "tag v1":
+        git(tmp_path, *words.split())
+    assert commit() == [git(tmp_path, "rev-parse", "HEAD"), False]
     (tmp_path / "file").write_text("two")
-    assert [environment()[name] for name in ("git_commit", "git_dirty")] == [commit, True]
+    assert commit() == [git(tmp_path, "rev-parse", "HEAD"), True]
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment()["git_commit"] is None  # no git at all
+    assert commit() == [None, None]  # no git at all
 
 
 def test_a_run_in_a_notebook_keeps_the_cells_that_ran_and_no_output(capsys):
@@ -305,24 +300,12 @@ def test_a_run_in_a_notebook_keeps_the_cells_that_ran_and_no_output(capsys):
     assert places == sorted(places) and "too late" not in code and os.environ[SECRET] not in code
 
 
-# -------------------------------------------------------------------------------------------------------- comparisons
-
-
 def past_run(url, name, hyperparameters, metrics=None):
     """A run of that name as `Run` leaves it; without metrics one that was cut off."""
     storage.write(f"{url}/{name}/hyperparameters.json", json.dumps(hyperparameters).encode())
     if metrics is not None:
         storage.write(f"{url}/{name}/metrics.json", json.dumps(metrics).encode())
         storage.write(f"{url}/{name}/manifest.json", b"{}")
-
-
-@pytest.fixture
-def compared(url):
-    past_run(url, "2026-01-02", {"lr": 0.1, "model": "cnn", "seed": 0}, {"accuracy": 0.5, "val_loss": 3, "run": "x"})
-    past_run(url, "2026-01-03", {"lr": 0.001, "model": "cnn", "seed": 0}, {"accuracy": 0.75, "val_loss": 2.5})
-    past_run(url, "2026-01-01", {"lr": 1, "model": "mlp", "seed": 0, "depth": None}, {"accuracy": 0.25, "val_loss": 1})
-    past_run(url, "2026-01-04", {"lr": 1e-5, "model": "cnn", "seed": 0})
-    return url
 
 
 def test_runs_of_several_projects_are_compared_and_not_those_within_a_run():
@@ -372,11 +355,15 @@ class Page:
 SCRIPT = "<script>alert('a')</script>"
 
 
-def test_the_table_shows_what_differs_what_came_out_and_which_is_best_and_leads_to_the_reports(compared):
-    past_run(compared, "2025-01-01", {"lr": 1e-5, "model": SCRIPT, "a & b": "<b>"}, {"<i>": 1})
-    page = Page(experiment.compare(compared, "val_loss")._repr_html_())
+def test_the_table_shows_what_differs_what_came_out_and_which_is_best_and_leads_to_the_reports(url):
+    past_run(url, "2026-01-02", {"lr": 0.1, "model": "cnn", "seed": 0}, {"accuracy": 0.5, "val_loss": 3, "run": "x"})
+    past_run(url, "2026-01-03", {"lr": 0.001, "model": "cnn", "seed": 0}, {"accuracy": 0.75, "val_loss": 2.5})
+    past_run(url, "2026-01-01", {"lr": 1, "model": "mlp", "seed": 0, "depth": None}, {"accuracy": 0.25, "val_loss": 1})
+    past_run(url, "2026-01-04", {"lr": 1e-5, "model": "cnn", "seed": 0})
+    past_run(url, "2025-01-01", {"lr": 1e-5, "model": SCRIPT, "a & b": "<b>"}, {"<i>": 1})
+    page = Page(experiment.compare(url, "val_loss")._repr_html_())
     assert page.lines == [
-        [f"5 runs at {compared}", "", "lr", "model", "seed", "depth", "a & b", "accuracy", "val_loss ↓", "<i>"],
+        [f"5 runs at {url}", "", "lr", "model", "seed", "depth", "a & b", "accuracy", "val_loss ↓", "<i>"],
         ["2026-01-04", "newest, cut off", "1e-05", "cnn", "0", "", "", "", "", ""],
         ["2026-01-03", "", "0.001", "cnn", "0", "", "", "0.75", "2.5", ""],
         ["2026-01-02", "", "0.1", "cnn", "0", "", "", "0.5", "3", ""],
@@ -384,7 +371,7 @@ def test_the_table_shows_what_differs_what_came_out_and_which_is_best_and_leads_
         ["2025-01-01", "", "1e-05", SCRIPT, "", "", "<b>", "", "", "1"],
     ]
     assert page.tags.keys() == {"table", "tr", "th", "td", "a"}
-    assert page.tags["a"][0] == {"href": f"{compared}/2026-01-03/report.html"}  # of the finished ones
+    assert page.tags["a"][0] == {"href": f"{url}/2026-01-03/report.html"}  # of the finished ones
 
 
 def test_a_report_shows_a_run_and_what_differs_from_the_best_and_loads_and_runs_nothing(url):
@@ -418,9 +405,6 @@ def test_a_report_shows_a_run_and_what_differs_from_the_best_and_loads_and_runs_
     assert ["accuracy", "0.95", "0.9"] in text.lines
 
 
-# ------------------------------------------------------------------------------------------------------------- google
-
-
 def test_what_goes_wrong_at_google_and_a_missing_package_are_sentences(google, monkeypatch):
     with pytest.raises(storage.NotFound, match="gs://experiments/no/object.*check the name"):
         storage.read("gs://experiments/no/object")
@@ -430,9 +414,6 @@ def test_what_goes_wrong_at_google_and_a_missing_package_are_sentences(google, m
     monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(storage.StorageError, match="abfs://container/run.*[Ii]nstall adlfs"):
         storage.read("abfs://container/run")
-
-
-# ------------------------------------------------------------------------------------------------------------- models
 
 
 class Odd(nn.Module):
@@ -485,9 +466,6 @@ def test_damaged_weights_are_a_clear_error(url):
         storage.write(f"{url}/{weights}", bytes(damaged))
         with pytest.raises(storage.StorageError, match=f"{url}/{weights} is damaged.*save the model again"):
             experiment.load_model(url)
-
-
-# ----------------------------------------------------------------------------------------------- whole or not at all
 
 
 def old_or_new(url):

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import boto3
 import botocore.client
+import botocore.exceptions
 import botocore.httpsession
 import nbformat
 import psutil
@@ -32,19 +33,6 @@ TOKEN = "a-token-of-12-or-more"
 bundle_source = rent.bundle_source  # packed once for all machines of the tests
 
 
-def test_unknown_notebook_is_told_in_a_sentence_and_starts_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ["submit", "99", "--image-id", "ami-1", "--instance-type", "t3.micro"]
-    for profile, said in (
-        ([], "required: --instance-profile"),
-        (["--instance-profile", "x"], "error: no notebook 99; there are: none in"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            rent.main([*words, *profile])
-        assert stopped.value.code == 2 and said in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.fixture(scope="module")
 def account(moto_env, tmp_path_factory):
     """This process as a user of EC2, with all that a machine takes: clients, names and the words of `submit`."""
@@ -56,28 +44,20 @@ def account(moto_env, tmp_path_factory):
         ec2.create_key_pair(KeyName=name)
         group = ec2.create_security_group(GroupName=name, Description="for the tests")["GroupId"]
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]
-        words = {
-            "--image-id": image["ImageId"],
-            "--instance-type": "g4dn.xlarge",
-            "--instance-profile": name,
-            "--key-name": name,
-            "--security-group": group,
-        }
-        yield SimpleNamespace(
-            ec2=ec2,
-            name=name,
-            image=image,
-            group=group,
-            words=words,
-            notebook=write(tmp_path_factory.mktemp("account"), "show.ipynb", *SHOW),
-        )
+        words = dict(image_id=image["ImageId"], instance_type="g4dn.xlarge", instance_profile=name, key_name=name)
+        notebook = write(tmp_path_factory.mktemp("account"), "show.ipynb", *SHOW)
+        words["security_group"] = group
+        yield SimpleNamespace(ec2=ec2, name=name, image=image, group=group, words=words, notebook=notebook)
 
 
 @pytest.fixture
 def rented(account):
     """The account, and the name of a bucket that is not there yet."""
-    bucket = f"bucket-{time.time_ns()}"
-    return SimpleNamespace(**{**vars(account), "bucket": bucket, "words": account.words | {"--bucket": bucket}})
+    return in_bucket(account, f"bucket-{time.time_ns()}")
+
+
+def in_bucket(account, bucket, **changed):
+    return SimpleNamespace(**vars(account) | {"bucket": bucket, "words": account.words | {"bucket": bucket}} | changed)
 
 
 SHOW = (
@@ -87,18 +67,16 @@ import os, time
 from pathlib import Path
 from IPython.display import display
 print("the kernel has begun")
-if note:
-    Path(note).write_text(str(os.getpid()))
+Path(note).write_text(str(os.getpid()))
 if mode == "hangs":
     time.sleep(600)""",
-    """
-display({"application/json": {"text": text}}, raw=True)""",
+    """display({"application/json": {"text": text}}, raw=True)""",
 )
 
 
 def command_line(rented, *words, **changed):
-    given = {**rented.words, **{f"--{name.replace('_', '-')}": value for name, value in changed.items()}}
-    words = [*words, *(word for name, value in given.items() if value is not None for word in (name, value))]
+    options = {name: value for name, value in (rented.words | changed).items() if value is not None}
+    words = [*words, *(word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value))]
     return ["submit", *map(str, [rented.notebook, *words])]
 
 
@@ -129,11 +107,13 @@ def count(rented):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """(name, arguments) of what AWS is asked for from now on."""
-    make, calls = botocore.client.BaseClient._make_api_call, []
+    """{request: arguments of the last one} of what AWS is asked for from now on; `refused`, the requests it refuses."""
+    make, calls = botocore.client.BaseClient._make_api_call, {"refused": ()}
 
     def call(self, name, given):
-        calls.append((name, given))
+        calls[name] = given
+        if name in calls["refused"]:
+            raise botocore.exceptions.ClientError({"Error": {"Code": "InsufficientInstanceCapacity"}}, name)
         return make(self, name, given)
 
     monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", call)
@@ -143,10 +123,9 @@ def asked(monkeypatch):
 def test_ec2_is_asked_for_a_machine_as_told_tagged_without_a_key_and_ending_when_it_shuts_down(rented, capsys, asked):
     code, instance = submit(rented, capsys, "--spot", "--disk", "77", "-p", "text", "x")
     assert code == 0 and describe(rented, instance)["InstanceLifecycle"] == "spot"
-    [given] = [given for name, given in asked if name == "RunInstances"]
-    script, tags = script_of(rented, instance), given.pop("TagSpecifications")
-    del given["UserData"], given["ClientToken"]
-    assert given == {
+    given, script = asked["RunInstances"], script_of(rented, instance)
+    tags, disk = given.pop("TagSpecifications"), {"VolumeSize": 77, "DeleteOnTermination": True}
+    assert {name: given[name] for name in given.keys() - {"UserData", "ClientToken"}} == {
         "ImageId": rented.image["ImageId"],
         "InstanceType": "g4dn.xlarge",
         "MinCount": 1,
@@ -157,55 +136,40 @@ def test_ec2_is_asked_for_a_machine_as_told_tagged_without_a_key_and_ending_when
         "InstanceMarketOptions": {"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}},
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required"},
-        "BlockDeviceMappings": [
-            {"DeviceName": rented.image["RootDeviceName"], "Ebs": {"VolumeSize": 77, "DeleteOnTermination": True}}
-        ],
+        "BlockDeviceMappings": [{"DeviceName": rented.image["RootDeviceName"], "Ebs": disk}],
     }
     job = rent.status(instance)[0]["job"]
     assert job.startswith(f"s3://{rented.bucket}/jobs/show/20")
-    wanted = {"Name": "show", "Project": rent.PROJECT, "Job": job}
-    assert tags == [
-        {"ResourceType": kind, "Tags": [{"Key": key, "Value": value} for key, value in wanted.items()]}
-        for kind in ("instance", "volume")
-    ]
+    wanted = [{"Key": key, "Value": value} for key, value in dict(Name="show", Project=rent.PROJECT, Job=job).items()]
+    assert tags == [{"ResourceType": kind, "Tags": wanted} for kind in ("instance", "volume")]
     assert script.startswith("#!/bin/bash\n") and len(script.encode()) < 16_000
     for name in "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID":
         assert os.environ[name] not in script and name not in script
     assert f"export AWS_ENDPOINT_URL_S3={os.environ['AWS_ENDPOINT_URL']}\n" in script
     assert "export AWS_REGION=us-east-1\n" in script
-    asked.clear()
     assert submit(rented, capsys, key_name=None, security_group=None)[0] == 0
-    [given] = [given for name, given in asked if name == "RunInstances"]
-    assert not {"InstanceMarketOptions", "KeyName", "SecurityGroupIds"} & given.keys()
+    assert not {"InstanceMarketOptions", "KeyName", "SecurityGroupIds"} & asked["RunInstances"].keys()
 
 
 def test_script_names_amazons_s3_where_no_address_is_set(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_REGION", "eu-central-1")
-    monkeypatch.setattr(storage, "client", lambda: boto3.session.Session(region_name="eu-central-1").client("s3"))
-    script = rent.make_user_data("s3://b/jobs/x", "02_train", 1)
+    with embedded.cleaned():
+        os.environ["AWS_REGION"] = "eu-central-1"
+        monkeypatch.setattr(storage, "client", lambda: boto3.Session(region_name="eu-central-1").client("s3"))
+        script = rent.make_user_data("s3://b/jobs/x", "02_train", 1)
     assert "export AWS_ENDPOINT_URL_S3=https://s3.eu-central-1.amazonaws.com\n" in script
     assert "export AWS_REGION=eu-central-1\n" in script and "MAX_SECONDS=3600\n" in script
 
 
-MISSING = {
-    "image_id": "ami-00000000000000000",
-    "instance_profile": "nobody",
-    "key_name": "nobody",
-    "security_group": "sg-00000000000000000",
-}
+AMI, GROUP = "ami-00000000000000000", "sg-00000000000000000"
 
 
 @pytest.mark.parametrize(
     "words, changed, said",
     [
-        ([], {"key_name": "nobody"}, "error: there is no key pair nobody in us-east-1: "),
         (
             [],
-            MISSING,
-            "error: there is no image ami-00000000000000000, no instance profile nobody, no key pair nobody, no "
-            "security group sg-00000000000000000 in us-east-1: ",
+            {"image_id": AMI, "instance_profile": "nobody", "key_name": "nobody", "security_group": GROUP},
+            f"error: there is no image {AMI}, no instance profile nobody, no key pair nobody, no security group {GROUP} in ",
         ),
         (["-p", "nobody", "1"], {}, "error: no parameter nobody in these notebooks; there are: mode, note, text"),
         (["-p", "text", f"key={SECRET}"], {}, "show AWS_SECRET_ACCESS_KEY: remove it"),
@@ -218,6 +182,12 @@ def test_what_cannot_work_is_told_and_nothing_is_started_or_stored(rented, capsy
     assert count(rented) == before and rented.bucket not in storage.buckets()
 
 
+def test_what_ec2_refuses_is_told_with_its_code(rented, capsys, asked):
+    asked["refused"] = ["RunInstances"]
+    code, said = submit(rented, capsys)
+    assert code == 1 and said.startswith("EC2: ") and "RunInstances" in said and "InsufficientInstanceCapacity" in said
+
+
 def test_an_s3_that_is_no_ec2_is_told_in_a_sentence(rented, capsys, tmp_path):
     with embedded.connected(storage.serve(tmp_path / "s3")):
         code, said = submit(rented, capsys)
@@ -226,46 +196,27 @@ def test_an_s3_that_is_no_ec2_is_told_in_a_sentence(rented, capsys, tmp_path):
 
 def test_s3_on_this_machine_is_no_place_for_a_machine_elsewhere(rented, capsys, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_EC2", "https://ec2.us-east-1.amazonaws.com")
-    send, asked = botocore.httpsession.URLLib3Session.send, []
-    monkeypatch.setattr(
-        botocore.httpsession.URLLib3Session,
-        "send",
-        lambda self, request: asked.append(request.url) or send(self, request),
-    )
-    before = count(rented)
-    asked.clear()
+    sender, asked = botocore.httpsession.URLLib3Session, []
+    send = sender.send
+    monkeypatch.setattr(sender, "send", lambda self, request: asked.append(request.url) or send(self, request))
     code, said = submit(rented, capsys)
     assert code == 1 and said.startswith(f"A rented machine cannot reach S3 at {os.environ['AWS_ENDPOINT_URL']}: set ")
-    assert asked and all(url.startswith(os.environ["AWS_ENDPOINT_URL"]) for url in asked)
-    monkeypatch.delenv("AWS_ENDPOINT_URL_EC2")
-    assert count(rented) == before and rented.bucket not in storage.buckets()
+    assert asked and all(url.startswith(os.environ["AWS_ENDPOINT_URL"]) for url in asked)  # EC2 is asked for nothing
+    assert rented.bucket not in storage.buckets()
 
 
-def test_source_of_this_project_with_its_times(rented, capsys):
-    _, instance = submit(rented, capsys)
-    [row] = rent.status(instance)
-    with tarfile.open(fileobj=io.BytesIO(storage.read(f"{row['job']}/source.tar.gz"))) as archive:
-        packed = {member.name: member for member in archive.getmembers()}
-    git = subprocess.run(["git", "ls-files"], cwd=storage.REPOSITORY, capture_output=True, text=True, check=True)
-    there = {name for name in git.stdout.splitlines() if (storage.REPOSITORY / name).is_file()}
-    assert there <= packed.keys() and {"Makefile", "requirements.lock", "helpers/machine.sh"} <= there
-    assert not [name for name in packed if name.split("/")[0] in (".venv", ".git", ".s3", "runs") or "pycache" in name]
-    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
-        assert abs(packed[name].mtime - (storage.REPOSITORY / name).stat().st_mtime) < 1
-    sent = nbformat.reads(storage.read(f"{row['job']}/show.ipynb").decode(), as_version=4)
-    cells = nbformat.read(rented.notebook, as_version=4).cells
-    assert {cell.source for cell in cells} <= {cell.source for cell in sent.cells}
-
-
-def test_source_is_tracked_files_only_as_they_are_now_and_without_a_secret(tmp_path, monkeypatch):
+def test_source_is_tracked_files_only_as_they_are_now_with_their_times_and_without_a_secret(tmp_path, monkeypatch):
+    """That it is enough to work with is tried by the machines below."""
     monkeypatch.setattr(storage, "REPOSITORY", tmp_path)
     for name in "tracked.py", "untracked.py", ".env":
         (tmp_path / name).write_text("x = 1\n")
     for command in ["init", "-q"], ["add", "tracked.py"]:
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     (tmp_path / "tracked.py").write_text("x = 2\n")
+    os.utime(tmp_path / "tracked.py", (1e9, 1e9))  # make looks at it
     with tarfile.open(fileobj=io.BytesIO(bundle_source())) as archive:
-        assert archive.getnames() == ["tracked.py"] and archive.extractfile("tracked.py").read() == b"x = 2\n"
+        [packed] = archive.getmembers()
+        assert (packed.name, packed.mtime) == ("tracked.py", 1e9) and archive.extractfile(packed).read() == b"x = 2\n"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     (tmp_path / "tracked.py").write_text(f"key = {SECRET!r}\n")
     with pytest.raises(ValueError, match="tracked.py shows AWS_SECRET_ACCESS_KEY") as raised:
@@ -274,9 +225,9 @@ def test_source_is_tracked_files_only_as_they_are_now_and_without_a_secret(tmp_p
 
 
 def test_notebook_there_reads_the_bucket_it_was_submitted_with(rented, capsys, tmp_path):
-    words = vars(rented) | {"notebook": write(tmp_path, "reads.ipynb", "#parameters\nbucket = 'another'", "bucket")}
+    rented.notebook = write(tmp_path, "reads.ipynb", "#parameters\nbucket = 'another'", "bucket")
     for given, expected in ([], rented.bucket), (["-p", "bucket", "mine"], "mine"):
-        [row] = rent.status(submit(SimpleNamespace(**words), capsys, *given)[1])
+        [row] = rent.status(submit(rented, capsys, *given)[1])
         assert row["job"].startswith(f"s3://{rented.bucket}/jobs/reads/")
         cells = nbformat.reads(storage.read(f"{row['job']}/reads.ipynb").decode(), as_version=4).cells
         [injected] = [cell.source for cell in cells if "injected-parameters" in cell.metadata.tags]
@@ -291,15 +242,12 @@ def test_machine_ends_after_its_time_and_when_it_boots_again_whatever_the_script
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UNITS": str(tmp_path), "TMPDIR": str(tmp_path)}
     subprocess.run(["bash", "-c", first], env=environment, check=True, timeout=20)
-    assert (tmp_path / "said").read_text().splitlines() == [
-        "systemctl enable end-this-machine",
-        "systemd-run --on-active=7800 shutdown -h now",
-        "shutdown -h now",
-    ]
+    said = ["systemctl enable end-this-machine", "systemd-run --on-active=7800 shutdown -h now", "shutdown -h now"]
+    assert (tmp_path / "said").read_text().splitlines() == said
     subprocess.run(["systemd-analyze", "verify", tmp_path / "end-this-machine.service"], check=True, timeout=20)
 
 
-def test_status_shows_our_machines_and_how_they_ended(rented, capsys):
+def test_status_shows_our_machines_and_how_they_ended_and_only_they_are_terminated(rented, capsys):
     first, second = (submit(rented, capsys)[1] for _ in range(2))
     image = rented.image["ImageId"]
     [other] = rented.ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1)["Instances"]
@@ -313,10 +261,14 @@ def test_status_shows_our_machines_and_how_they_ended(rented, capsys):
     [row] = json.loads(capsys.readouterr().out.split("\n", 1)[1])
     assert (row["instance"], row["state"], row["type"]) == (second, "running", "g4dn.xlarge")
     assert row["address"] == describe(rented, second)["PublicDnsName"] != ""
-    for stranger in other["InstanceId"], "i-00000000000000000":
+    assert rent.main(["terminate", second]) == 0 and capsys.readouterr().out.endswith("shutting-down\n")
+    assert describe(rented, second)["State"]["Name"] in ("shutting-down", "terminated")
+    for command, stranger in ("status", "i-00000000000000000"), ("terminate", other["InstanceId"]):
         with pytest.raises(SystemExit) as stopped:
-            rent.main(["status", stranger])
-        assert stopped.value.code == 2 and stranger in capsys.readouterr().err
+            rent.main([command, stranger])
+        assert stopped.value.code == 2
+        assert f"error: {stranger} is not a machine of this project\n" in capsys.readouterr().err
+    assert describe(rented, other["InstanceId"])["State"]["Name"] == "running"
 
 
 def test_logs_are_those_in_s3_and_before_that_the_console(rented, capsys, monkeypatch):
@@ -328,26 +280,7 @@ def test_logs_are_those_in_s3_and_before_that_the_console(rented, capsys, monkey
     assert rent.main(["logs", job]) == 0 and capsys.readouterr().out.endswith("grüße\nfrom it\n")
 
 
-def test_terminate_ends_our_machines_and_no_others(rented, capsys):
-    _, instance = submit(rented, capsys)
-    [other] = rented.ec2.run_instances(ImageId=rented.image["ImageId"], MinCount=1, MaxCount=1)["Instances"]
-    assert rent.main(["terminate", instance]) == 0 and capsys.readouterr().out.endswith("shutting-down\n")
-    assert describe(rented, instance)["State"]["Name"] in ("shutting-down", "terminated")
-    with pytest.raises(SystemExit):
-        rent.main(["terminate", other["InstanceId"]])
-    assert f"error: {other['InstanceId']} is not a machine of this project\n" in capsys.readouterr().err
-    assert describe(rented, other["InstanceId"])["State"]["Name"] == "running"
-
-
-# ------------------------------------------------------------------------------- what a rented machine does, for real
-
 TEXT = """a  b 'c' "d" $(touch x) `touch y`; touch z & \\ %s *"""
-
-
-def end(*processes):
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def of_job(job):
@@ -387,20 +320,10 @@ def boot(rented, folder, *words, max_hours=1, project='exec {python} "$@"'):
     (folder / "script").write_text(script)
     (venv / "installed").touch()
     (folder / "tmp").mkdir()
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith("AWS_CA") or name.endswith("KEY_ID") or name.endswith("ACCESS_KEY")
-    }
-    env = {
-        **kept,
-        "PATH": f"{fakes}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "UPLOAD_EVERY": "2",
-        "VENV": str(venv),
-        "UNITS": str(folder),
-        "TMPDIR": str(folder / "tmp"),
-        **({} if os.geteuid() == 0 else {"HOME": str(folder)}),
-    }
+    env = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    env |= {"PATH": f"{fakes}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "UPLOAD_EVERY": "2"}
+    env |= {"VENV": str(venv), "UNITS": str(folder), "TMPDIR": str(folder / "tmp")}
+    env |= {} if os.geteuid() == 0 else {"HOME": str(folder)}
     with open(folder / "console", "wb") as console:
         process = subprocess.Popen(["bash", folder / "script"], env=env, stdout=console, stderr=console, cwd="/")
     return SimpleNamespace(process=process, folder=folder, instance=instance, job=row["job"])
@@ -408,14 +331,14 @@ def boot(rented, folder, *words, max_hours=1, project='exec {python} "$@"'):
 
 def look(machine):
     """What is left when the script has ended: here, and in S3."""
+    read = lambda name: storage.read(f"{machine.job}/{name}").decode()
     deadline, machine.log_before = time.monotonic() + 240, ""  # the last log in S3 before the end
     while (hung := machine.process.poll() is None) and time.monotonic() < deadline:
         with contextlib.suppress(storage.NotFound):
-            log = storage.read(f"{machine.job}/log.txt").decode()
+            log = read("log.txt")
             machine.log_before = machine.log_before if "exit code" in log else log
         time.sleep(0.5)
-    machine.hung, read = hung, lambda name: storage.read(f"{machine.job}/{name}").decode()
-    deadline = time.monotonic() + 5
+    machine.hung, deadline = hung, time.monotonic() + 5
     while (left := of_job(machine.job)) and time.monotonic() < deadline:
         time.sleep(0.1)
     machine.left = [" ".join(one.cmdline()) for one in left]
@@ -429,9 +352,8 @@ def look(machine):
 @pytest.fixture(scope="module")
 def machines(account, tmp_path_factory):
     """Three machines: one whose notebook works, then one whose notebook hangs, beside one that fails at once."""
-    folder, bucket, began = tmp_path_factory.mktemp("machines"), f"machines-{time.time_ns()}", time.monotonic()
-    rented = SimpleNamespace(**{**vars(account), "words": account.words | {"--bucket": bucket}})
-    started, hours = {}, 1
+    folder, began, started, hours = tmp_path_factory.mktemp("machines"), time.monotonic(), {}, 1
+    rented = in_bucket(account, f"machines-{time.time_ns()}")
     try:
         for mode in "works", "hangs", "fails":
             pid = folder / mode / "pid"
@@ -441,15 +363,15 @@ def machines(account, tmp_path_factory):
             started[mode] = boot(rented, pid.parent, *words, max_hours=hours, **fails)
             if mode == "works":
                 look(started[mode])
-            hours = (
-                (2 * (time.monotonic() - began) + 5) / 3600 if mode == "works" else 1
-            )  # enough for the next to begin
+                hours = (3 * (time.monotonic() - began) + 5) / 3600  # enough for the next to begin
         for mode in "fails", "hangs":
             look(started[mode])
         yield started
     finally:
         for machine in started.values():
-            end(*of_job(machine.job), machine.process)
+            for process in [*of_job(machine.job), machine.process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             machine.process.wait()
 
 
