@@ -73,11 +73,9 @@ class Table:
     def replace(self, about=None, **columns):
         """Another table of the same images; columns: arrays, which become of the smallest type that holds them."""
         new = {}
-        for name, column in columns.items():
-            kind = (
-                column.dtype if column.dtype == np.uint8 else np.min_scalar_type(-1 - column.max())
-            )  # signed: PyTorch
-            new[name] = torch.from_numpy(np.ascontiguousarray(column, kind))  # pickles no other
+        for name, column in columns.items():  # signed types, since PyTorch pickles no other, or bytes
+            kind = np.uint8 if column.dtype == np.uint8 else np.min_scalar_type(-1 - column.max())
+            new[name] = torch.from_numpy(np.ascontiguousarray(column, kind))
         return Table(self.columns | new, about or self.about)
 
     def name(self, index):
@@ -93,52 +91,45 @@ def list_images(url):
     prefix = storage.parse(url)[1]
 
     def by_folder(items):
-        """[((class, folder), names, sizes, versions)] of the images of a page, and how many other files it has."""
+        """[(folder, names, sizes, versions)] of the images of a page, and how many other files it has."""
         names = (item["path"].removeprefix(f"{prefix}/") for item in items)
         found = [(name, item) for name, item in zip(names, items) if "/" in name and name.lower().endswith(EXTENSIONS)]
         parts = []
         for folder, pairs in itertools.groupby(found, lambda pair: pair[0].rpartition("/")[0]):
             names, files = zip(*pairs)
-            parts.append(
-                (
-                    (folder.split("/")[0], folder),
-                    "\0".join((*names, "")).encode(),
-                    np.array([file["size"] for file in files]).tobytes(),
-                    b"".join(map(version, files)),
-                )
-            )
+            sizes = np.array([file["size"] for file in files]).tobytes()
+            parts.append((folder, "\0".join((*names, "")).encode(), sizes, b"".join(map(version, files))))
         return parts, len(items) - len(found)
 
     parts, buffers, others = [], [bytearray(), bytearray(), bytearray()], 0  # what comes goes into three large pieces
     for page, more in storage.list_pages(url, by_folder):
         for folder, *columns in page:
-            parts.append(
-                (folder, [slice(len(buffer), len(buffer) + len(new)) for buffer, new in zip(buffers, columns)])
-            )
+            places = []
             for buffer, new in zip(buffers, columns):
+                places.append(slice(len(buffer), len(buffer) + len(new)))
                 buffer += new
+            parts.append((folder.split("/")[0], folder, places))
         others += more
     if not parts:
         raise storage.StorageError(
             f"There are no class folders with images under {url}: put some there with "
             "notebook 01 (make run NOTEBOOKS=01), or check the name."
         )
-    parts.sort(key=lambda part: part[0])  # the names of one folder are in order already
-    classes = sorted({folder[0] for folder, _ in parts})
-    numbers = {name: i for i, name in enumerate(classes)}
-    columns = []
-    for i in range(3):  # each piece is dropped when it is sorted
-        buffer = memoryview(buffers.pop(0))
-        columns.append(bytearray().join(buffer[place[i]] for _, place in parts))
-        del buffer
-    names, sizes, versions = columns
-    names, counts = np.frombuffer(names, np.uint8), [(place[1].stop - place[1].start) // 8 for _, place in parts]
-    return Table({}, {"classes": classes, "shards": None, "ignored": others}).replace(
+    parts.sort(key=operator.itemgetter(0, 1))  # the names of one folder are in order already
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(name for name, _, _ in parts))}
+
+    def join(column):
+        buffer = memoryview(buffers.pop(0))  # dropped as soon as it is sorted
+        return bytearray().join(buffer[places[column]] for _, _, places in parts)
+
+    names, sizes, versions = (np.frombuffer(join(i), kind) for i, kind in enumerate((np.uint8, np.int64, np.uint8)))
+    counts = [(places[1].stop - places[1].start) // sizes.itemsize for _, _, places in parts]
+    return Table({}, {"classes": [*numbers], "shards": None, "ignored": others}).replace(
         names=names,
         starts=np.concatenate([[0], np.flatnonzero(names == 0) + 1]),
-        targets=np.repeat([numbers[folder[0]] for folder, _ in parts], counts),
-        sizes=np.frombuffer(sizes, np.int64),
-        versions=np.frombuffer(versions, np.uint8).reshape(-1, 16),
+        targets=np.repeat([numbers[name] for name, _, _ in parts], counts),
+        sizes=sizes,
+        versions=versions.reshape(-1, 16),
     )
 
 
