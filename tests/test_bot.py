@@ -302,13 +302,13 @@ def test_memory_stays_flat():
 
 
 @contextlib.contextmanager
-def process(tmp_path, server, **env):
+def process(tmp_path, server, exits=0):
     """The bot in a process of its own, in front of the server; its log is `log()`.
 
     At the end it is told to stop, and stops in good order; whatever happened, it has not said its token.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    env = {**inherited, "TELEGRAM_BOT_TOKEN": tg.TOKEN, "JOKES_DATABASE_URL": f"sqlite:///{tmp_path}/jokes.db", **env}
+    env = {**inherited, "TELEGRAM_BOT_TOKEN": tg.TOKEN, "JOKES_DATABASE_URL": f"sqlite:///{tmp_path}/jokes.db"}
     running = processes.start(processes.chat, tmp_path / "log", env, "x.csv", "--base-url", server.url)
     running.log = (tmp_path / "log").read_text
     try:
@@ -317,7 +317,7 @@ def process(tmp_path, server, **env):
         yield running
         running.terminate()
         running.join(60)
-        assert running.exitcode == 0, running.log()
+        assert running.exitcode == exits, running.log()
     finally:
         running.kill()
         running.join()
@@ -470,7 +470,6 @@ def test_sigterm_finishes_what_is_in_flight(tmp_path):
     "kind, said",
     [
         ("refused", "Telegram refuses the token"),
-        ("revoked", "ask @BotFather for another"),
         ("no network", "http://127.0.0.1:9 does not answer as Telegram"),
         ("no Telegram", "does not answer as Telegram"),
         ("malformed", "TELEGRAM_BOT_TOKEN"),
@@ -486,8 +485,6 @@ def test_it_says_what_is_wrong_and_not_the_token(kind, said, tmp_path, monkeypat
     with tg.telegram() as server:
         server.valid = kind != "refused"
         server.answers["getMe"] += [(200, f"<html>{tg.TOKEN}</html>")] * 9 if kind == "no Telegram" else []
-        if kind == "revoked":
-            threading.Thread(target=revoke, args=(server,)).start()
         url = "http://127.0.0.1:9" if kind == "no network" else server.url
         monkeypatch.setattr(sys, "argv", ["helpers", "bot", "x.csv", "--base-url", url])
         with pytest.raises(SystemExit, match="1"):
@@ -496,12 +493,13 @@ def test_it_says_what_is_wrong_and_not_the_token(kind, said, tmp_path, monkeypat
     assert said in log and not re.search(f"Traceback|tell-nobody|{tg.TOKEN.split(':')[1]}", log), log
 
 
-def revoke(server):
-    """Make the token invalid as soon as the bot asks for updates."""
-    server.wait(lambda: server.called("getUpdates"), "the bot")
-    with server.changed:
-        server.valid = False
-        server.changed.notify_all()
+def test_a_token_that_is_revoked_ends_the_bot(tmp_path):
+    with tg.telegram() as server, process(tmp_path, server, exits=1) as running:
+        with server.changed:
+            server.valid = False
+            server.changed.notify_all()
+        running.join(60)
+        assert "ask @BotFather for another" in running.log() and "Traceback" not in running.log()
 
 
 def test_an_error_is_told_politely_and_logged(chat):
