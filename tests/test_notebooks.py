@@ -17,6 +17,7 @@ import pytest
 
 from helpers import run, storage
 from executed import BY_NUMBER, NOTEBOOKS, ROOT, execute, try_to_run
+from servers import ceph
 from servers.embedded import connected
 from servers.fault_proxy import fault_proxy
 
@@ -41,36 +42,27 @@ def contents(bucket):
     return found
 
 
-# ------------------------------------------------------------------------------------------- how they are written
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_as_a_reader_expects_it(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     opening = notebook.cells[0]
-    assert opening.cell_type == "markdown" and all(
-        words in opening.source for words in ("**You will learn**", "**You need**", "**It takes**")
-    )
+    assert opening.cell_type == "markdown" and re.match(rf"# {path.name.split('_')[0]} · ", opening.source)
+    assert all(words in opening.source for words in ("**You will learn**", "**You need**", "**It takes**"))
     assert not any(cell.outputs or cell.execution_count for cell in code), "strip the outputs: they are not kept in git"
-    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    assert all(re.fullmatch(r"\w+ = .+  # .+", line) for line in tagged[0].source.splitlines())
-    assert not re.search(r"(?m)^(\w*_)?(secret|token|password|access_key) =", tagged[0].source)
+    [parameters] = [cell.source for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert all(re.fullmatch(r"\w+ = .+  # .+", line) for line in parameters.splitlines())
+    assert not re.search(r"(?m)^(\w*_)?(secret|token|password|access_key) =", parameters)
     assert any(re.search("^from helpers", cell.source, re.M) for cell in code)
     assert "application/json" in code[-1].source and "results" in code[-1].source
     assert max(len(cell.source.splitlines()) for cell in code if not cell.source.startswith("#| export")) <= 25
 
 
-# ------------------------------------------------------------------------------------ from anywhere, by any tool
-
-
 def call(folder, *words):
     """A command of the environment's in a folder; fails with what it said."""
-    done = subprocess.run(
-        [Path(sys.executable).with_name(words[0]), *map(str, words[1:])], cwd=folder, capture_output=True, text=True
-    )
+    command = [Path(sys.executable).with_name(words[0]), *map(str, words[1:])]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -105,8 +97,7 @@ def test_from_any_folder_and_by_any_tool_it_is_the_same(whole, moto_env, tmp_pat
     options = [word for name, value in (small | {"bucket": bucket}).items() for word in ("-p", name, value)]
     with connected(moto_env):
         storage.create_bucket(f"{bucket}-notebooks")
-        for number in "01", "02", "03":
-            storage.write(f"s3://{bucket}-notebooks/{number}.ipynb", BY_NUMBER[number].read_bytes())
+        storage.write(f"s3://{bucket}-notebooks/01.ipynb", BY_NUMBER["01"].read_bytes())
         call(tmp_path, "papermill", f"s3://{bucket}-notebooks/01.ipynb", f"s3://{bucket}-notebooks/out.ipynb", *options)
         for number in "02", "03":
             call(tmp_path, "papermill", "--prepare-only", BY_NUMBER[number], f"{number}.ipynb", *options)
@@ -127,56 +118,53 @@ def test_helpers_are_found_beside_a_notebook_without_installing(tmp_path):
         assert done.stdout.strip() == found
 
 
-# ---------------------------------------------------------------------------------------- from a zip to predictions
-
-
-@pytest.mark.parametrize("server", ["embedded", "ceph"])
-def test_from_a_zip_to_predictions(server, request, tmp_path, bucket, small):
-    environment = request.getfixturevalue(f"{server}_env")
+def test_from_a_zip_to_predictions(request, tmp_path, bucket, every):
+    """In a real Ceph where there is one, with worker processes; nothing is left on the disk, and no secret anywhere."""
+    environment = request.getfixturevalue("embedded_env" if ceph.missing() else "ceph_env")
     with connected(environment):
         before = on_disk()
-        options = {"embedded": {"transfer": ""}, "ceph": dict(small, epochs=1, num_workers=2)}[server]
+        options = dict(dataset_zip=every(2), epochs=6, num_workers=2, transfer="")
         results = execute("01 02 03", tmp_path, bucket=bucket, **options)
-        for rate in ("train_images_per_second", "loader_images_per_second", "loader_speedup_over_naive"):
-            assert results[rate] > 0
-        assert results["classes"] == 5 and results["test"] == results["images"] > 0
+        assert min(results[f"{each}_images_per_second"] for each in ("train", "loader")) > 0
+        assert results["classes"] == 5 and results["test"] == results["images"] == 45
         assert results["objects"] == 2 * sum(results[part] for part in ("train", "val", "test")) + 1
-        if server == "embedded":  # with the parameters as they stand, but for the section on transfer learning
-            assert (results["objects"], results["train"], results["val"], results["test"]) == (1201, 420, 90, 90)
-            assert min(results["val_accuracy"], results["test_accuracy"], results["test_macro_f1"]) > 0.75
-            assert results["loader_speedup_over_naive"] > 1.5, "six times is usual"
+        assert results["loader_speedup_over_naive"] > 1.5, "six times is usual"
+        assert min(results["val_accuracy"], results["test_accuracy"], results["test_macro_f1"]) > 0.4, "chance is 0.2"
 
-        names = contents(bucket)
-        for part in (
-            "hyperparameters.json",
-            "history.csv",
-            "metrics.json",
-            "manifest.json",
-            "code.py",
-            "plots/curves.png",
-            "model/model.json",
-        ):
+        names, kept = contents(bucket), "hyperparameters.json history.csv metrics.json manifest.json code.py"
+        for part in *kept.split(), "plots/curves.png", "model/model.json":
             assert f"runs/train_cnn/TIME/{part}" in names
         assert sum(name.startswith("models/cnn/") for name in names) == 2
         assert on_disk() == before, "the notebooks leave nothing on the local disk"
 
-        written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-        written += [
-            bytes(storage.obstore.get(storage.store(bucket), item["path"]).bytes())
-            for name, item in storage.objects(f"s3://{bucket}").items()
-            if name.startswith(("runs/", "models/"))
-        ]
+        objects = [name for name in storage.objects(f"s3://{bucket}") if name.startswith(("runs/", "models/"))]
+        written = [storage.read(f"s3://{bucket}/{name}") for name in objects]
+        written += [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
         assert len(written) > 20
         for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
             assert not any(environment[name].encode() in text for text in written), f"{name} is in an output"
 
 
+@pytest.mark.slow
+def test_the_readmes_accuracy(embedded, tmp_path, bucket):
+    results = execute("01 02 03", tmp_path, bucket=bucket, transfer="")
+    assert (results["objects"], results["train"], results["val"], results["test"]) == (1201, 420, 90, 90)
+    assert min(results["val_accuracy"], results["test_accuracy"], results["test_macro_f1"]) > 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")
+def test_real_photos(embedded, tmp_path, bucket):
+    options = dict(dataset_zip=str(PHOTOS), dataset="photos", model_url=f"s3://{bucket}/models/photos", image_size=32)
+    results = execute("01 02 03", tmp_path, bucket=bucket, transfer="", **options)
+    assert (results["train"], results["val"], results["test"]) == (1260, 270, 270)
+    assert results["test_accuracy"] >= 0.65
+
+
 def test_a_local_folder_is_predicted_too_and_another_split_is_refused(embedded, tmp_path, whole, small):
     names = list(storage.objects(f"s3://{whole.bucket}/leaves/test"))[::2]
     for name in names:
-        path = tmp_path / "mine" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(bytes(storage.obstore.get(storage.store(whole.bucket), f"leaves/test/{name}").bytes()))
+        storage.write(tmp_path / "mine" / name, storage.read(f"s3://{whole.bucket}/leaves/test/{name}"))
     assert execute("03", tmp_path, bucket=whole.bucket, test_url=str(tmp_path / "mine"))["images"] == len(names) > 5
 
     before = storage.objects(f"s3://{whole.bucket}/leaves")
@@ -187,70 +175,38 @@ def test_a_local_folder_is_predicted_too_and_another_split_is_refused(embedded, 
 
 
 def test_each_notebook_alone_says_which_one_it_needs(embedded, tmp_path, bucket):
-    for number, needed in ("02", "01"), ("03", "02"), ("07", "05"):
+    for number, needed in ("02", "01"), ("03", "02"), ("05b", "05a"), ("07a", "05"):
         [outcome] = try_to_run(number, dict(bucket=bucket), tmp_path / number)
         assert outcome.status == "FAILED" and bucket in outcome.error
         assert f"make run NOTEBOOKS={needed}" in outcome.error
         storage.create_bucket(bucket)  # the first looks for data where there is no bucket
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not PHOTOS.exists(), reason=f"no {PHOTOS.name}: set PHOTOS_ZIP to a zip of real photos to run this")
-def test_real_photos(embedded, tmp_path, bucket):
-    results = execute(
-        "01 02 03",
-        tmp_path,
-        bucket=bucket,
-        dataset_zip=str(PHOTOS),
-        dataset="photos",
-        model_url=f"s3://{bucket}/models/photos",
-        image_size=32,
-        transfer="",
-    )
-    assert (results["train"], results["val"], results["test"]) == (1260, 270, 270)
-    assert results["test_accuracy"] >= 0.65
-
-
-# ------------------------------------------------------------------------------------------------ when things break
-
-
 def kill_the_kernel():
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process().children():  # the forked kernel ends with the process that asked for it
         with contextlib.suppress(psutil.Error):
-            if "ipykernel_launcher" in " ".join(process.cmdline()):
+            if "-ISc" in process.cmdline():
                 process.kill()
 
 
-def kill_at(proxy, request, count, number, tmp_path, **options):
-    """Run a notebook whose kernel is killed at the first request for the n-th object of those that match."""
-    seen = set()
-
-    def look(_):
-        if re.search(request, proxy.latest):
-            seen.add(proxy.latest)
-            if len(seen) == count:
-                kill_the_kernel()
-
-    proxy.on_request = look
-    [outcome] = run.run_notebooks([BY_NUMBER[number]], options, tmp_path / f"killed at {count}")
-    proxy.on_request = None
-    assert outcome.status == "FAILED" and "DeadKernelError" in outcome.error
-
-
-def test_a_server_that_fails_all_the_time_and_kernels_killed_in_the_middle(embedded, tmp_path, bucket, small, whole):
-    """In upload, split and training, on a server that cannot copy either: in the end all is as if nothing had been."""
-    faults = dict(slow_down_every=5, reset_every=11, truncate_every=7, no_copy=True)
-    data = dict(bucket=bucket, dataset_zip=small["dataset_zip"])
+def test_a_server_that_fails_all_the_time_and_a_kernel_killed_in_the_middle(embedded, tmp_path, bucket, small, whole):
+    """On a server that cannot copy either, and killed while it trains: in the end all is as if nothing had been."""
+    faults, seen = dict(slow_down_every=5, reset_every=11, truncate_every=7, no_copy=True), set()
+    options = dict(bucket=bucket, dataset_zip=small["dataset_zip"], epochs=2, transfer="")
     with (
         fault_proxy(embedded["AWS_ENDPOINT_URL"], **faults) as proxy,
         connected(embedded | {"AWS_ENDPOINT_URL": proxy.url}),
     ):
-        kill_at(proxy, "PUT .*/raw/", 50, "01", tmp_path, **data)
-        assert 0 < sum("/raw/" in name for name in storage.objects(f"s3://{bucket}")) < 100
-        kill_at(proxy, "PUT .*/train/", 36, "01", tmp_path, **data)
-        assert 0 < sum("/train/" in name for name in storage.objects(f"s3://{bucket}")) < 70
-        execute("01", tmp_path, **data)
-        kill_at(proxy, "PUT .*/checkpoints/", 2, "02", tmp_path, bucket=bucket, epochs=2, transfer="")
+
+        def look(_):
+            if re.match("PUT .*/checkpoints/", proxy.latest) and proxy.latest not in seen:
+                seen.add(proxy.latest)
+                if len(seen) == 2:
+                    kill_the_kernel()
+
+        proxy.on_request = look
+        first, second = try_to_run("01 02", options, tmp_path / "killed")
+        assert (first.status, second.status) == ("ok", "FAILED") and "DeadKernelError" in second.error
         names = storage.objects(f"s3://{bucket}")
         assert any("/checkpoints/step_" in name for name in names) and not any("models/" in name for name in names)
         execute("02 03", tmp_path, bucket=bucket, epochs=2, transfer="")
