@@ -817,6 +817,6 @@ print("main ends", flush=True)
     with start(program, tmp_path) as child:
         assert any(line == "main ends\n" for line in child.stdout)
         try:
-            assert child.wait(6) == 0
+            assert child.wait(10) == 0
         finally:
             child.kill()
