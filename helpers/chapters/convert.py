@@ -290,9 +290,9 @@ def number_rows(ids):
 TURNS = 10  # at most so many before the last one
 
 
-def join_older(turns):
-    """The turns before the last, newest first, as one text."""
-    return " ".join(turns[1:TURNS + 1])
+def join_older(turns, length):
+    """The turns before the last, newest first, as one text of so many words at most: no more pieces are read."""
+    return " ".join(" ".join(turns[1:TURNS + 1]).split()[:length])
 
 
 def combine(context, older, has_older):
@@ -305,7 +305,7 @@ def collate(examples, tokenizer, multi_context=False):
     """Examples -> {"context": padded ids (examples, length), "reply": … and, for multi_context, "extra": …}."""
     texts = {"context": [each["turns"][0] for each in examples], "reply": [each["reply"] for each in examples]}
     if multi_context:
-        texts["extra"] = [join_older(each["turns"]) for each in examples]
+        texts["extra"] = [join_older(each["turns"], tokenizer.config.max_length) for each in examples]
     return {name: pad(tokenizer(each)) for name, each in texts.items()}
 
 class DualEncoder(Reader):
@@ -431,9 +431,9 @@ class ConveRT(DualEncoder):
     def encode_context(self, contexts):
         turns = [[context] if isinstance(context, str) else list(context) for context in contexts]
         vectors = self._encode("context", [each[0] for each in turns])
-        if "extra" in self.towers and any(len(each) > 1 for each in turns):
-            older = self._encode("extra", map(join_older, turns))
-            vectors = combine(vectors, older, torch.tensor([[len(each) > 1] for each in turns]))[1]
+        if "extra" in self.towers:
+            older = self._encode("extra", [join_older(each, self.config.max_length) for each in turns])
+            vectors = combine(vectors, older, torch.tensor([len(each) > 1 for each in turns])[:, None] > 0)[1]
         return vectors
 
     def encode_reply(self, replies):
