@@ -26,7 +26,7 @@ PHOTOS = Path(os.environ.get("PHOTOS_ZIP", ROOT.parent / "shared/datasets/photos
 
 def on_disk():
     """{path: time} of the files of the working tree, without what does not belong to it."""
-    others = {".git", ".venv", ".s3", "__pycache__", "condaenv.requirements.txt"}  # the last is of another test
+    others = {".git", ".venv", ".s3", "__pycache__"}
     paths = (path for path in ROOT.rglob("*") if not others & set(path.parts))
     return {path: path.stat().st_mtime for path in paths if path.is_file()}
 
