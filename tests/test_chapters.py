@@ -83,7 +83,7 @@ def test_no_name_is_undefined_and_nothing_is_unused():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_exported_cells_are_short_and_explained(path):
     cells = nbformat.read(path, as_version=4).cells
-    own = {match[1] for cell in cells if (match := re.match(r"#\| (?:default_exp|export) (\w+)", cell.source))}
+    own = {match[1] for cell in cells if (match := re.match(r"#\| default_exp (\w+)", cell.source))}
     for before, cell in zip(cells, cells[1:]):
         if cell.cell_type != "code":
             continue
