@@ -80,6 +80,8 @@ def test_10_and_11_measure_what_they_say_side_by_side(embedded, tmp_path, bucket
     }
     bench.draw(f"{results['run']}/rounds.json", tmp_path / "chart.png")
     assert cv2.imread(str(tmp_path / "chart.png")).shape[1] > 800, "four panels side by side"
+    rows = bench.gather(next(tmp_path.glob("*/10_*.ipynb")).parent).splitlines()[1:]
+    assert f"{results['bytes_an_object']:,}" in [row.split()[-1] for row in rows]
 
     packed = execute("11", tmp_path, bucket=bucket, packed_images=64, delay=0.001)
     for name in ("webdataset", *filter(find_spec, ["litdata"])):
