@@ -58,10 +58,7 @@ def read(part, config, batch_size=4, dataset="textures"):
     return images.loader(images.S3ImageFolder(f"s3://pictures/{dataset}/{part}", transform, loader=decode), batch_size)
 
 
-@pytest.mark.parametrize(
-    "architecture, size",
-    [("small_cnn", 16), ("small_cnn", 33), ("efficientnet_lite0", 32), ("squeezenet1_1", 32), ("googlenet", 32)],
-)
+@pytest.mark.parametrize("architecture, size", [("small_cnn", 16), ("squeezenet1_1", 32), ("googlenet", 32)])
 def test_a_model_trains_and_comes_back_with_the_same_outputs_and_ready_to_predict(architecture, size):
     model, inputs = cnn.build(architecture, 3, size), torch.rand(4, 3, size, size)
     assert model(inputs).shape == (4, 3), "also in training mode"  # and the batch norms have some statistics now
