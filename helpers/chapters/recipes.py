@@ -279,7 +279,7 @@ class KeepBest(Callback):
 
 
 class StartFrom(Callback):
-    """Begin with the state in this file, of KeepBest or Checkpoint; with the same callbacks as the one that wrote it."""
+    """Begin with the state in this file, of KeepBest or Checkpoint; with the same callbacks as what wrote it."""
 
     order = 49  # before Checkpoint, which may have a newer state of this training
 

@@ -220,7 +220,7 @@ def main(argv=None):
             options["parameters"] = {name: parse_value(value) for name, value in options["parameters"]}
             options["notebook"], *others = pick([options["notebook"]])
             if others:
-                raise ValueError(f"one notebook a machine: name {Path(options['notebook']).stem} or another of its stage")
+                raise ValueError(f"one notebook a machine: name {Path(options['notebook']).stem} or another page")
         storage.connect()
         result = command(**options)
     except ValueError as error:
