@@ -113,19 +113,17 @@ def test_a_relative_path_is_one_of_the_project_unless_it_is_there_and_what_is_no
 
 
 def test_broken_rows_are_counted_and_take_no_other_with_them(tmp_path):
-    lines = [
-        "ID,Question,Answer",
-        "1,Why?,Because.",
-        "2,Too few",
-        "3,Too,many,fields",
-        '4,"A quote that never ends,oh',
-        "5,Fine?,Fine.",
-        '6,"He said "what" to me",no',
-        "7,A caf\xe9?,Not UTF-8.",
-        '8,"Comma, here",Good.',
-        '9,Last,"Never ends',
-    ]
-    (tmp_path / "jokes.csv").write_bytes("\n".join(lines).encode("latin-1"))
+    text = """ID,Question,Answer
+1,Why?,Because.
+2,Too few
+3,Too,many,fields
+4,"A quote that never ends,oh
+5,Fine?,Fine.
+6,"He said "what" to me",no
+7,A caf\xe9?,Not UTF-8.
+8,"Comma, here",Good.
+9,Last,"Never ends"""
+    (tmp_path / "jokes.csv").write_bytes(text.encode("latin-1"))
     rows, broken = joke_corpus.read(tmp_path / "jokes.csv")
     assert rows == [("Why?", "Because."), ("Fine?", "Fine."), ("Comma, here", "Good.")] and broken == 6
 
@@ -183,22 +181,13 @@ def test_what_does_not_belong_to_a_joke_is_taken_off_and_shown_and_what_does_sta
 def test_empties_lengths_and_duplicates_are_dropped_and_counted():
     long = ("Why " + "very " * 70 + "long?", "Yes.")
     joke, old = PAIRS[0], ("Why did the old brown chicken with a hat cross the wide road that day?", "To get across.")
-    rows = [
-        joke,
-        ("Why?", ""),
-        ("  ", "Because."),
-        ("Why?", "..."),
-        ("Why?", "Note: see below"),
-        long,
-        old,
-        (joke[0].upper(), joke[1].rstrip(".") + "!"),
-        (old[0], "To get across it."),
-        (old[0], "For a worm."),
-    ]  # another punch line
+    empty = [("Why?", ""), ("  ", "Because."), ("Why?", "..."), ("Why?", "Note: see below")]
+    same, nearly = (joke[0].upper(), joke[1].rstrip(".") + "!"), (old[0], "To get across it.")
+    rows = [joke, *empty, long, old, same, nearly, (old[0], "For a worm.")]  # the last has another punch line
     kept, report = joke_corpus.clean(rows)
     assert kept == [joke, old, rows[-1]]
     assert (len(report["empty"]), len(report["too long"])) == (4, 1)
-    assert report["near duplicate"] == [(rows[8], old)] and report["exact duplicate"] == [(rows[7], joke)]
+    assert report["near duplicate"] == [(nearly, old)] and report["exact duplicate"] == [(same, joke)]
 
 
 def test_near_duplicates_are_found_among_thousands():
@@ -227,14 +216,8 @@ def bert(folder):
     words = sorted({word for joke in PAIRS for text in joke for word in re.findall(r"\w+|\W", text.lower())})
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=5 + len(words),
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=64,
-    )
+    sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    config = BertConfig(vocab_size=5 + len(words), max_position_embeddings=64, **sizes)
     transformers.BertForMaskedLM(config).save_pretrained(folder)
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     return str(folder)
