@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from servers import moto
 from servers.embedded import connected
 from torchvision.datasets import ImageFolder
 
@@ -227,13 +228,13 @@ def test_workers_give_the_same_items_in_the_same_order_in_every_epoch(plain):
     assert same(items(here), items(there)) and same(items(here), items(there))
 
 
-def script(directory, text):
-    """Run a program of its own, connected to nothing yet."""
+def script(directory, text, timeout=60, **more):
+    """Run a program of its own, connected to nothing yet; more: of its environment."""
     (directory / "script.py").write_text(text)
     env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    env |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+    env |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull} | more
     return subprocess.run(
-        [sys.executable, "script.py"], cwd=directory, env=env, capture_output=True, text=True, timeout=60
+        [sys.executable, "script.py"], cwd=directory, env=env, capture_output=True, text=True, timeout=timeout
     )
 
 
@@ -267,6 +268,33 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[[2, 3, 5, 5]]", "[[2, 3, 6, 6]]"]
     assert done.stderr.count("UserWarning: skipped s3://pictures/class/bad.png: not an image") == 2
+
+
+@pytest.mark.slow
+def test_a_million_objects_in_a_thousand_folders_take_little_memory_and_are_not_listed_twice(tmp_path):
+    program = """
+from helpers import catalog, images, storage
+
+def memory(name):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+storage.connect()
+storage.create_bucket("pictures")
+storage.write("s3://pictures/small/class/image.png", b"1")
+images.S3ImageFolder("s3://pictures/small")
+before = memory("VmRSS")
+table = images.S3ImageFolder("s3://pictures/million").table
+print(memory("VmRSS") - before, memory("VmHWM") - before)
+storage.write("s3://pictures/million/index.safetensors", table.to_bytes())
+folder = images.S3ImageFolder("s3://pictures/million")
+print(len(folder), len(folder.classes), folder.samples[-1])
+"""
+    with moto.moto(tmp_path, moto.MILLION) as env:
+        done = script(tmp_path, program, 1200, **env)
+    memory, folder = done.stdout.splitlines()[-2:]
+    assert folder == "1000998 1002 ('s3://pictures/million/n00001001/n00001001_00998.JPEG', 1001)", done.stderr
+    at_rest, peak = map(float, memory.split())
+    assert at_rest < 120 and peak < 150, f"{at_rest} and {peak} MB"
 
 
 # ----------------------------------------------------------------------------------------------------- kinds of files
