@@ -125,24 +125,14 @@ def test_two_hosts_come_to_what_one_process_comes_to(tmp_path, environment, host
     exec(TRAIN[1], {"batch_size": 16, "place": f"{tmp_path}/alone"})
     env = {name: value for name, value in environment.items() if not name.startswith("AWS_")}
     env |= {"GLOO_SOCKET_IFNAME": "cable", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-    words = [
-        notebook,
-        "--nodes",
-        2,
-        "--rendezvous",
-        f"{first}:{free_port()}",
-        "-o",
-        place,
-        "-p",
-        "place",
-        f"{place}/model",
-    ]
+    words = f"{notebook} --nodes 2 --rendezvous {first}:{free_port()} -o {place} -p place {place}/model".split()
     words += ["-p", "batch_size", 8, "--node-rank"]
     nodes = [start(tmp_path, env, *words, i, prefix=["ip", "netns", "exec", name]) for i, name in enumerate(names)]
     try:
         said = [node.communicate(timeout=180) for node in nodes]
     finally:
-        left([one for node in nodes for one in [*psutil.Process(node.pid).children(recursive=True), node]], 0)
+        for node in nodes:
+            node.kill()
     assert [node.returncode for node in nodes] == [0, 0] and "Traceback" not in said[0][1], said
     (one, losses), (two, others) = (experiment.load_model(tmp_path / each) for each in ("alone", "two/model"))
     assert losses == pytest.approx(others, rel=1e-4)
