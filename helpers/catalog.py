@@ -104,10 +104,9 @@ def list_images(url):
     parts, buffers, others = [], [bytearray(), bytearray(), bytearray()], 0  # what comes goes into three large pieces
     for page, more in storage.list_pages(url, by_folder):
         for folder, *columns in page:
-            places = []
-            for buffer, new in zip(buffers, columns):
-                places.append(slice(len(buffer), len(buffer) + len(new)))
-                buffer += new
+            places = [slice(len(buffer), len(buffer) + len(new)) for buffer, new in zip(buffers, columns)]
+            for i, new in enumerate(columns):
+                buffers[i] += new
             parts.append((folder.split("/")[0], folder, places))
         others += more
     if not parts:
