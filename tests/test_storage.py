@@ -778,24 +778,24 @@ def killed(code, *arguments, requests):
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("requests", [20, 36])
+@pytest.mark.parametrize("requests", [45, 66])
 @moto
 def test_an_unzip_that_was_killed_is_completed(s3, requests, tmp_path):
     """In the midst of the small ones, and of the parts of the large one."""
-    members = {f"cats/{i}.bin": random.randbytes(20_000) for i in range(30)} | {"cats/large": random.randbytes(26 * MB)}
+    members = {f"cats/{i}.bin": random.randbytes(20_000) for i in range(60)} | {"cats/large": random.randbytes(26 * MB)}
     archive = zipped(tmp_path / "cats.zip", members)
     killed("zips.unzip(*sys.argv[1:])", archive, s3, requests=requests)
-    assert 0 < len(listed(s3)) < 31
+    assert 0 < len(listed(s3)) < 61
     zips.unzip(archive, s3)
     assert content(s3) == digests({f"raw/{name}": data for name, data in members.items()})
 
 
 def test_a_split_that_was_killed_is_completed(s3):
     for prefix in "ab":
-        put(f"{s3}/{prefix}/raw", images(cats=20, dogs=13))
+        put(f"{s3}/{prefix}/raw", images(cats=60, dogs=40))
     zips.split_classes(f"{s3}/a")
-    killed("zips.split_classes(sys.argv[1])", f"{s3}/b", requests=20)
-    assert 34 < len(listed(f"{s3}/b")) < 67
+    killed("zips.split_classes(sys.argv[1])", f"{s3}/b", requests=50)
+    assert 101 < len(listed(f"{s3}/b")) < 201
     zips.split_classes(f"{s3}/b")
     assert content(f"{s3}/b") == content(f"{s3}/a")
 
