@@ -433,6 +433,7 @@ def test_each_process_and_worker_gets_as_many_batches_starting_again_where_its_s
         batches.collate = list
         read = list(DataLoader(batches, batch_size=None, num_workers=2))
         assert len(read) == len(batches) == 7 and all(len(batch) == 4 for batch in read)
+        assert list(DataLoader(batches, batch_size=None, num_workers=2)) != read, "another order each time"
         seen.append({example["reply"] for batch in read for example in batch})
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) > 40, "each its own"
     with pytest.raises(ValueError, match="100 examples are too few for 2 batches of 64"):
