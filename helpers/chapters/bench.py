@@ -155,7 +155,7 @@ def as_features(loaders, **said):
         any_order = not isinstance(dataset, torch.utils.data.IterableDataset)
         try:
             by_number = dataset[len(dataset) - 1] is not None
-        except (TypeError, NotImplementedError):  # no such method, or PyTorch's own, which says so
+        except Exception:  # there is no such method, it says that it is not implemented, or it fails at this server
             by_number = False
         found = [by_number, any_order, hasattr(dataset, "__len__"), any_order or hasattr(dataset, "state_dict"),
                  *(name in those for those in said.values())]
