@@ -13,39 +13,20 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pictures
 import pytest
 import torch
 from PIL import Image
+from pictures import items, png
 from servers import moto
 from servers.embedded import connected
 from torchvision.datasets import ImageFolder
 
 from helpers import images, storage
 
-TREE = [
-    "ant/z.png",
-    "ant/10.png",
-    "ant/9.png",
-    "ant/B.PNG",
-    "ant/sub/a.png",
-    "ant/sub b/c.png",
-    "ant/sub/deep/er/d.png",
-    "ant/sub-1/e.png",
-    "Zebra/a.png",
-    "bee/b+c & d%20é.png",
-    "bee/.hidden.png",
-    "bee hive/1.png",
-    "bee-2/1.png",
-    "ant hill/1.png",
-]
+TREE = [*pictures.TREE, "ant hill/1.png"]
 PIXELS = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8), (0, 0), 3)
 PIXELS = cv2.normalize(PIXELS, None, 0, 255, cv2.NORM_MINMAX)  # smooth, so that JPEG keeps it, in all of the range
-
-
-def png(number, size=16):
-    """A PNG that no other number has."""
-    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), np.uint8)
-    return cv2.imencode(".png", pixels)[1].tobytes()
 
 
 def put(key, data):
@@ -55,11 +36,6 @@ def put(key, data):
 def same(one, other):
     """Whether the items are the same: images, targets and order."""
     return len(one) == len(other) and all(torch.equal(a, b) and s == t for (a, s), (b, t) in zip(one, other))
-
-
-def items(loader):
-    """The items of all batches of an epoch."""
-    return [(image, int(target)) for batch, targets in loader for image, target in zip(batch, targets)]
 
 
 @pytest.fixture(scope="module", autouse=True)

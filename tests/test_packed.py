@@ -25,10 +25,12 @@ from multiprocessing.reduction import ForkingPickler
 import cv2
 import numpy as np
 import obstore
+import pictures
 import psutil
 import pytest
 import torch
 from PIL import Image
+from pictures import items, png
 from torchvision.transforms import v2
 from servers import wait_until
 from servers.embedded import connected
@@ -38,23 +40,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from helpers import catalog, images, storage
 from helpers.chapters import pack
 
-TREE = [
-    "ant/z.png",
-    "ant/10.png",
-    "ant/9.png",
-    "ant/B.PNG",
-    "ant/v1.2.final.png",
-    "ant/sub/a.png",
-    "ant/sub b/c.png",
-    "ant/sub/deep/er/d.png",
-    "ant/sub-1/e.png",
-    "Zebra/a.png",
-    "bee/b+c & d%20é.png",
-    "bee/.hidden.png",
-    "bee/.png",
-    "bee hive/1.png",
-    "bee-2/1.png",
-]
+TREE = [*pictures.TREE, "ant/v1.2.final.png", "bee/.png"]
 PHOTOS = {
     f"{'abc'[n % 3]}/{n:02}.jpg": np.random.default_rng(n).bytes(30_000 if n == 7 else 100 + 40 * n) for n in range(60)
 }  # which `bytes` loads
@@ -77,12 +63,6 @@ next(iter(images.loader(folder, 8)))
 """
 
 
-def png(number, size=16):
-    """A PNG that no other number has."""
-    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), np.uint8)
-    return cv2.imencode(".png", pixels)[1].tobytes()
-
-
 def put(key, data):
     obstore.put(storage.store("pictures"), key, data, use_multipart=False)
 
@@ -94,11 +74,6 @@ def get(key):
 def raw(url, **options):
     """A folder of which the items are the bytes of the objects."""
     return images.S3ImageFolder(url, loader=bytes, **options)
-
-
-def items(loader):
-    """The items of all batches of an epoch."""
-    return [(image, int(target)) for batch, targets in loader for image, target in zip(batch, targets)]
 
 
 def plain(folder, order):
