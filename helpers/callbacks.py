@@ -191,14 +191,17 @@ class Checkpoint(Callback):
         self.url, self.every, self.keep, self.best = str(url).rstrip("/"), every, keep, best
 
     def before_fit(self, loop):
-        for name in reversed(self._names()):
+        names = self._names()
+        while names:
             try:
-                state = state_from_safetensors(storage.read(f"{self.url}/{name}"))
+                state = state_from_safetensors(storage.read(f"{self.url}/{names[-1]}"))
             except safetensors.SafetensorError:  # truncated, where writes are not atomic: take the one before
+                names.pop()
                 continue
             before = loop.steps
             loop.load_state_dict(state)
             loop.bar.update(loop.steps - before)
+            self._delete_old(loop, names)  # training may have been killed before it did so
             break
 
     def after_step(self, loop):
@@ -222,7 +225,11 @@ class Checkpoint(Callback):
         whole = all(weight.isfinite().all() for weight in loop.model.parameters())  # NaN cannot be trained on
         if whole and loop.accelerator.is_main_process:
             storage.write(f"{self.url}/step_{loop.steps:09d}_{loop.batch:09d}.safetensors", state_to_safetensors(state))
-            for name in self._names()[: -self.keep]:
+            self._delete_old(loop, self._names())
+
+    def _delete_old(self, loop, names):
+        if loop.accelerator.is_main_process:
+            for name in names[: -self.keep]:
                 storage.delete(f"{self.url}/{name}")
 
     def _names(self):

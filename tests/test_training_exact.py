@@ -322,6 +322,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_newest_are_kept(tmp_path):
     assert loop.steps == 22
 
 
+def test_checkpoints_that_a_kill_left_behind_go_when_training_is_taken_up_with_or_without_a_step_left(tmp_path):
+    for epochs in 2, 1:
+        url = str(tmp_path / str(epochs))
+        trainee().fit(epochs, [Checkpoint(url, every=3, keep=99)])
+        trainee().fit(2, [Checkpoint(url, every="end", keep=1)])
+        assert [path.name for path in Path(url).iterdir()] == ["step_000000022_000000000.safetensors"]
+
+
 def test_any_state_is_packed_without_a_pickle():
     plain = {"a": [1, 2.5, None, "text", True, (1, (2, 3))], 4: {"inf": float("inf")}, "d": {}, "l": [], "u": ()}
     tensors = {"t": torch.arange(6).view(2, 3).T, "half": noise(3).bfloat16(), "empty": torch.zeros(0)}
