@@ -19,9 +19,9 @@ ERROR = """<?xml version="1.0" encoding="UTF-8"?>
 
 
 @contextlib.contextmanager
-def fault_proxy(upstream_url, **settings):
-    """Run a FaultProxy as long as the block lasts, in threads of this process."""
-    with FaultProxy(upstream_url, **settings) as proxy:
+def fault_proxy(upstream_url, kind=None, **settings):
+    """Run a FaultProxy, or this kind of it, as long as the block lasts, in threads of this process."""
+    with (kind or FaultProxy)(upstream_url, **settings) as proxy:
         threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield proxy
