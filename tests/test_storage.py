@@ -351,7 +351,7 @@ def test_a_bucket_is_created_in_its_region(endpoint, region, monkeypatch):
         sent.append((request.body or b"").decode())
         return botocore.awsrequest.AWSResponse(request.url, 200, {}, None)
 
-    storage.client().meta.events.register("before-send.s3.CreateBucket", catch)
+    storage.client("my-new-bucket").meta.events.register("before-send.s3.CreateBucket", catch)
     monkeypatch.setattr(botocore.awsrequest.AWSResponse, "content", b"")
     storage.create_bucket("my-new-bucket")
     assert re.findall("<LocationConstraint>(.*?)<", sent[0]) == region
