@@ -124,7 +124,7 @@ def test_converts_windows_and_pooling():
     assert example.layers == ["layer 1, window 1", "layer 2, window 2", "pooling"]
     distance = torch.arange(length)[None] - torch.arange(length)[:, None]
     for i, each in enumerate(attentions):
-        queries, keys, _ = each.project(kept[i][-1]).split(each.widths, -1)
+        queries, keys = each.queries_keys(kept[i][-1]).chunk(2, -1)
         scores = heads_of(queries, each.heads) @ heads_of(keys, each.heads).transpose(1, 2) / 8**0.5
         if each.window is not None:
             scores = scores + each.bias[:, distance.clamp(-each.window, each.window) + each.window]

@@ -127,7 +127,7 @@ def close(ones, others, tolerance=1e-4):
 
 def plain_attention(layer, text):
     """Of one text (length, width), number by number."""
-    queries, keys, values = layer.project(text).split(layer.widths, -1)
+    queries, keys, values = (*layer.queries_keys(text).chunk(2, -1), layer.values(text))
     length, rows = len(text), []
     for i in range(length):
         heads = []
@@ -244,7 +244,7 @@ def test_a_bag_is_what_blocks_that_change_nothing_read_and_trains_neither_them_n
                 norm.load_state_dict(nn.LayerNorm(16).state_dict())
         for table in model.positions:
             table.weight.zero_()
-        model.reduction.project.weight[: 2 * 8].zero_()  # the queries: two heads of 8
+        model.reduction.queries_keys.weight[: 2 * 8].zero_()  # the queries: two heads of 8
         model.pieces.weight *= 100  # so that a layer norm's epsilon does not show
     read = model(rows)
     convert.read_as_bag(model)

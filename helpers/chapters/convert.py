@@ -104,13 +104,6 @@ class Tokenizer:
             pieces = self.backend.encode(text, out_type=str)
         return [piece.replace("▁", " ") for piece in pieces[:self.config.max_length]]
 
-def embed(ids, places, pieces, tables):
-    """ids and places in the text, both (tokens,) -> (tokens, width): the piece's vector plus a row of each table."""
-    x = pieces(ids)
-    for table in tables:
-        x = x + table(places % table.num_embeddings)
-    return x
-
 PADDING = 0  # fills short texts up; no piece has this id
 
 
@@ -147,14 +140,19 @@ class Attention(nn.Module):
 
     def __init__(self, width, attention_width, value_width, heads=1, window=None):
         super().__init__()
-        self.heads, self.widths, self.window = heads, [heads * attention_width] * 2 + [heads * value_width], window
-        self.scale = attention_width**-0.5
-        self.project = nn.Linear(width, sum(self.widths))
+        self.heads, self.window, self.scale = heads, window, attention_width**-0.5
+        self.queries_keys = nn.Linear(width, 2 * heads * attention_width)
+        self.values = nn.Linear(width, heads * value_width)
         if window is not None:
             self.bias = nn.Parameter(torch.zeros(heads, 2 * window + 1))
 
-    def weights(self, queries, keys, layout):
+    def by_head(self, rows, layout):
+        """(tokens, heads * width) -> (texts, heads, length, width)."""
+        return layout.padded(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def weights(self, x, layout):
         """(texts, heads, target, source), each target's summing to 1 over the real tokens it may look at."""
+        queries, keys = (self.by_head(part, layout) for part in self.queries_keys(x).chunk(2, -1))
         allowed = layout.mask[:, None, None, :]
         scores = (queries * self.scale) @ keys.transpose(-1, -2)
         if self.window is not None:
@@ -163,9 +161,8 @@ class Attention(nn.Module):
         return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)  # not -inf: no NaN at padding
 
     def forward(self, x, layout):
-        queries, keys, values = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (texts, heads, length, width)
-                                 for part in layout.padded(self.project(x)).split(self.widths, -1))
-        return layout.flat((self.weights(queries, keys, layout) @ values).transpose(1, 2).flatten(2))
+        seen = self.weights(x, layout) @ self.by_head(self.values(x), layout)
+        return layout.flat(seen.transpose(1, 2).flatten(2))
 
 GELU = 1.702
 
@@ -192,16 +189,12 @@ class Pooling(Attention):
     """Attention over the whole text, summed, divided by √N: (tokens, width) -> (texts, heads * value_width)."""
 
     def forward(self, x, layout):
-        rows = 2 * self.widths[0]  # of queries and keys
-        queries, keys = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in layout.padded(
-            F.linear(x, self.project.weight[:rows], self.project.bias[:rows])).split(self.widths[:2], -1))
-        received = (self.weights(queries, keys, layout) * layout.mask[:, None, :, None]).sum(2)
+        received = (self.weights(x, layout) * layout.mask[:, None, :, None]).sum(2)
         return self.reduce(received @ layout.padded(x), layout)
 
     def reduce(self, sums, layout):
         """Weighted sums of a text's N tokens (texts, heads, width), the weights of each adding up to N -> values / √N."""
-        matrix, bias = (part[2 * self.widths[0]:].unflatten(0, (self.heads, -1))
-                        for part in (self.project.weight, self.project.bias))
+        matrix, bias = (part.unflatten(0, (self.heads, -1)) for part in (self.values.weight, self.values.bias))
         count = layout.mask.sum(1)[:, None, None]
         return ((torch.einsum("thw,hvw->thv", sums, matrix) + count * bias) / count.clamp(min=1).sqrt()).flatten(1)
 
@@ -217,7 +210,7 @@ class Reader(nn.Module):
         self.reduction = Pooling(config.width, config.attention_width, config.width, config.reduction_heads)
 
     def attention_layers(self):
-        """[(name, module), …] in the order they run; `module.weights(queries, keys, layout)` is what each looks at."""
+        """[(name, module), …] in the order they run; `module.weights(x, layout)` is what each looks at."""
         windowed = [(f"layer {number}, window {block.attention.window}", block.attention)
                     for number, block in enumerate(self.blocks, 1)]
         return [*windowed, ("pooling", self.reduction)]
@@ -235,7 +228,7 @@ class Reader(nn.Module):
 
     def read(self, ids):
         layout = Layout(ids)
-        x = embed(layout.flat(ids), layout.position, self.pieces, self.positions)
+        x = self.pieces(layout.flat(ids)) + sum(table(layout.position % len(table.weight)) for table in self.positions)
         for block in self.blocks:
             x = block(x, layout)
         return self.reduction(x, layout)
@@ -243,9 +236,9 @@ class Reader(nn.Module):
 def read_bag(reader, ids):
     """What the towers get if no block changes anything, the pooling's queries are constant, and there are no positions."""
     layout, pooling = Layout(ids), reader.reduction
-    queries, keys, _ = pooling.project.bias.split(pooling.widths)
     table = F.layer_norm(reader.pieces.weight, [reader.config.width])
-    keys = F.linear(table, pooling.project.weight.split(pooling.widths)[1], keys)
+    queries = pooling.queries_keys.bias.chunk(2)[0]
+    keys = pooling.queries_keys(table).chunk(2, -1)[1]
     weights = ((queries * keys).unflatten(1, (pooling.heads, -1)).sum(2) * pooling.scale).float().exp()
     flat, count = layout.flat(ids), layout.mask.sum(1)
     starts = count.cumsum(0) - count
@@ -316,7 +309,6 @@ class DualEncoder(Reader):
         names = ["context", "reply", *["extra"] * config.multi_context]
         self.towers = nn.ModuleDict({name: Tower(config) for name in names})
         self.similarity = nn.Parameter(torch.zeros(()))  # C, before it is bounded
-        self.evaluated = None, None  # a batch and its vectors
 
     @property
     def scale(self):
@@ -337,7 +329,7 @@ class DualEncoder(Reader):
     def get_loss(self, batch, criterion=None):
         """The loss over the replies of all processes, averaged over the kinds of contexts."""
         contexts, replies = self.encode(batch)
-        self.evaluated = (None, None) if self.training else (batch, (contexts, replies))
+        self.evaluated = None if self.training else (contexts, replies)
         own = all = number_rows(batch["reply"])
         if self.training and torch.distributed.is_initialized():
             gather = torch.distributed.nn.functional.all_gather
@@ -345,9 +337,8 @@ class DualEncoder(Reader):
         return contrast(contexts, replies, self.scale, self.config.label_smoothing, own[:, None] == all)
 
     def get_predictions(self, batch):
-        """Cosines (contexts, replies) and which reply is right, for evaluation.retrieval."""
-        seen, vectors = self.evaluated  # by get_loss, just before
-        contexts, replies = vectors if seen is batch else self.encode(batch)
+        """Cosines (contexts, replies) of the batch that `get_loss` evaluated just before, and which reply is right."""
+        contexts, replies = self.evaluated
         return contexts[-1] @ replies.T, torch.arange(len(replies), device=replies.device)
 
 @torch.no_grad()
@@ -363,7 +354,7 @@ def initialise(model):
     for block in model.blocks:
         block.output.weight *= 0.1
         block.feed_forward2.weight *= 0.1
-    nn.init.orthogonal_(model.reduction.project.weight[sum(model.reduction.widths[:2]):])  # the values'
+    nn.init.orthogonal_(model.reduction.values.weight)
     first = model.towers["context"]
     for layer in first.layers:
         nn.init.orthogonal_(layer.weight, gain=0.3)
@@ -378,14 +369,14 @@ def weigh_pieces(model, rows):
     rarity = ((len(rows) + 1) / (found + 1)).log().clamp(min=0.3).log()
     model.pieces.weight[1:, 0] = (rarity - rarity.mean())[1:] * model.config.width**-0.5  # layer norm takes it to 1
     pooling = model.reduction
-    queries, keys, values = pooling.project.weight.split(pooling.widths)
+    queries, keys = pooling.queries_keys.weight.chunk(2)
     first = torch.arange(pooling.heads) * model.config.attention_width  # of each head
     queries *= 0.1
     keys *= 0.1
     keys[first] = 0
     keys[first, 0] = 1 / pooling.scale
-    values[:, 0] = 0
-    pooling.project.bias[first] = 1
+    pooling.values.weight[:, 0] = 0
+    pooling.queries_keys.bias[first] = 1
 
 def eight_bits(rows):
     """Rows (…, width) as values of -127 to 127, (…, width), times scales, (…, 1)."""
