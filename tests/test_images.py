@@ -92,7 +92,7 @@ def test_classes_targets_and_order_are_those_of_torchvisions_image_folder(direct
     assert [version.tobytes() for version in ours.table.versions] == [md5(data).digest() for data in contents]
 
 
-def test_validation_data_numbers_its_classes_as_the_training_set_does():
+def test_validation_data_numbers_its_classes_as_the_training_set_does_and_there_must_be_some():
     for name in "ash", "beech", "oak":
         put(f"trees/train/{name}/1.png", png(1))
         if name != "ash":
@@ -104,6 +104,8 @@ def test_validation_data_numbers_its_classes_as_the_training_set_does():
     assert val.targets == [1, 2] and [target for _, target in items(images.loader(val, 2))] == [1, 2]
     with pytest.raises(storage.StorageError, match="s3://pictures/trees/train .*: ash"):
         images.S3ImageFolder("s3://pictures/trees/train", classes=["beech", "oak"])
+    with pytest.raises(storage.StorageError, match="s3://pictures/trees/val/oak.*notebook 01"):
+        images.S3ImageFolder("s3://pictures/trees/val/oak")  # images, but no folders of classes
 
 
 def test_items_are_what_opencv_decodes_of_the_same_bytes_and_batches_are_their_items(directory):
@@ -112,14 +114,7 @@ def test_items_are_what_opencv_decodes_of_the_same_bytes_and_batches_are_their_i
         pixels = cv2.cvtColor(cv2.imread(str(directory / url.removeprefix("s3://"))), cv2.COLOR_BGR2RGB)
         assert same([folder[index]], [(torch.from_numpy(pixels).permute(2, 0, 1), target)])
     assert same(folder.__getitems__([5, 0, 5, 12]), [folder[5], folder[0], folder[5], folder[12]])
-    assert same(items(images.loader(folder, 5)), list(map(folder.__getitem__, range(len(folder)))))
-
-
-def test_an_empty_prefix_is_an_error_that_names_notebook_01():
-    put("only/files.png", png(0))
-    for url in "s3://pictures/none", "s3://pictures/only":
-        with pytest.raises(storage.StorageError, match=f"{url}.*notebook 01"):
-            images.S3ImageFolder(url)
+    assert same(items(images.loader(folder, 5)), list(folder))
 
 
 def test_transforms_are_applied_in_the_order_of_the_indices_however_the_images_come_in(plain):
@@ -138,19 +133,19 @@ def test_transforms_are_applied_in_the_order_of_the_indices_however_the_images_c
     assert all(torch.equal(image, plain[i][0]) for image, i in zip(order, [0, 7, 20, 3]))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_seed_decides_order_and_augmentation(workers):
+def test_the_seed_decides_order_and_augmentation_with_workers_and_without():
     folder = images.S3ImageFolder("s3://pictures/plain", functools.partial(torch.rand_like, dtype=torch.float32))
+    for workers in 0, 2:
 
-    def epochs(seed):
-        torch.manual_seed(seed)
-        loader = images.loader(folder, 8, shuffle=True, num_workers=workers, seed=seed)
-        return items(loader), items(loader)
+        def epochs(seed):
+            torch.manual_seed(seed)
+            loader = images.loader(folder, 8, shuffle=True, num_workers=workers, seed=seed)
+            return items(loader), items(loader)
 
-    (first, second), (first_again, second_again), (other, _) = epochs(1), epochs(1), epochs(2)
-    assert same(first, first_again) and same(second, second_again)
-    targets = [[target for _, target in epoch] for epoch in (first, second, other)]
-    assert targets[0] != targets[1] and targets[0] != targets[2]
+        (first, second), (first_again, second_again), (other, _) = epochs(1), epochs(1), epochs(2)
+        assert same(first, first_again) and same(second, second_again)
+        targets = [[target for _, target in each] for each in (first, second, other)]
+        assert targets[0] != targets[1] and targets[0] != targets[2]
 
 
 # ------------------------------------------------------------------------------------------- images that cannot be read
@@ -158,7 +153,6 @@ def test_the_seed_decides_order_and_augmentation(workers):
 
 def test_an_image_that_is_corrupt_empty_or_gone_is_an_error_with_its_url(spoilt):
     folder = spoilt()
-    assert len(folder) == 8
     for index in 1, 2, 3:
         with pytest.raises(storage.StorageError, match=re.escape(folder.samples[index][0])):
             folder[index]
@@ -172,12 +166,12 @@ def test_skip_puts_the_next_image_of_the_class_in_the_place_and_reports_every_ur
     folder = spoilt(on_error="skip", loader=lambda data: asked.append(data) or images.decode(data))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        got = [items(images.loader(folder, 8))]
+        first = items(images.loader(folder, 8))
         asked.clear()
-        got += [items(images.loader(folder, 3))]
+        second = items(images.loader(folder, 3))
     good = [(images.decode(png(number)), int(number > 3)) for number in (0, 0, 0, 0, 4, 5, 6, 7)]
     bad = [url for url, _ in folder.samples[1:4]]
-    assert same(got[0], good) and same(got[1], good)
+    assert same(first, good) and same(second, good)
     assert set(asked) == {png(number) for number in (0, 4, 5, 6, 7)}  # those that are known to be bad no more
     assert sorted(folder.skipped) == bad and all(url in reason for url, reason in folder.skipped.items())
     assert {str(warning.message) for warning in said} == {f"skipped {reason}" for reason in folder.skipped.values()}
@@ -196,29 +190,16 @@ def test_skip_ends_with_an_error_when_no_image_of_a_class_can_be_read(spoilt):
     assert len(folder.__getitems__([4, 5, 6, 7])) == 4
 
 
-# ------------------------------------------------------------------------------------------------------------ workers
-
-
-def test_workers_give_the_same_items_in_the_same_order_in_every_epoch(plain):
-    here, there = (images.loader(plain, 5, shuffle=True, num_workers=workers) for workers in (0, 2))
-    assert same(items(here), items(there)) and same(items(here), items(there))
-
-
-def script(directory, text, timeout=60, **more):
+def script(text, folder, timeout=60, **more):
     """Run a program of its own, connected to nothing yet; more: of its environment."""
-    (directory / "script.py").write_text(text)
+    (folder / "script.py").write_text(text)
     env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     env |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull} | more
-    return subprocess.run(
-        [sys.executable, "script.py"], cwd=directory, env=env, capture_output=True, text=True, timeout=timeout
-    )
+    command = [sys.executable, "script.py"]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
 
 
-def test_workers_use_the_server_connected_last_and_their_skips_are_seen(tmp_path):
-    (tmp_path / "config").write_text("[profile of_before]\nregion = eu-west-1\n")
-    done = script(
-        tmp_path,
-        """
+WORKERS = """
 import os, cv2, numpy
 from helpers import images, storage
 
@@ -226,21 +207,25 @@ def read(size):
     os.environ.update(storage.serve(f"served{size}"))
     storage.connect()
     storage.create_bucket("pictures")
-    image = cv2.imencode(".png", numpy.zeros((size, size, 3)))[1].tobytes()
-    for name, data in ("bad", b"no image"), ("good", image):
-        storage.client().put_object(Bucket="pictures", Key=f"class/{name}.png", Body=data)
+    storage.write("s3://pictures/class/bad.png", b"no image")
+    storage.write("s3://pictures/class/good.png", cv2.imencode(".png", numpy.zeros((size, size, 3)))[1].tobytes())
     folder = images.S3ImageFolder("s3://pictures", on_error="skip")
     print([list(batch.shape) for batch, _ in images.loader(folder, 2, num_workers=1)])
 
 if __name__ == "__main__":
-    os.environ |= {"AWS_PROFILE": "of_before", "AWS_CONFIG_FILE": "config"}
+    before = {"AWS_PROFILE": "of_before", "AWS_CONFIG_FILE": "config"}  # which is not there any more later
+    open("config", "w").write("[profile of_before]\nregion = eu-west-1\n")
+    os.environ |= before
     read(5)
-    for name in "AWS_PROFILE", "AWS_CONFIG_FILE":
-        del os.environ[name]
     os.remove("config")
+    for name in before:
+        del os.environ[name]
     read(6)
-""",
-    )
+"""
+
+
+def test_workers_use_the_server_connected_last_and_their_skips_are_seen(tmp_path):
+    done = script(WORKERS, tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[[2, 3, 5, 5]]", "[[2, 3, 6, 6]]"]
     assert done.stderr.count("UserWarning: skipped s3://pictures/class/bad.png: not an image") == 2
@@ -267,7 +252,7 @@ folder = images.S3ImageFolder("s3://pictures/million")
 print(folder, *folder.samples[-1])
 """
     with moto.moto(tmp_path, moto.MILLION) as env:
-        done = script(tmp_path, program, 1200, **env)
+        done = script(program, tmp_path, 1200, **env)
     memory, folder = done.stdout.splitlines()[-2:]
     assert "1,000,998 images of 1002 classes, as listed on Monday" in folder, done.stderr
     assert folder.endswith("s3://pictures/million/n00001001/n00001001_00998.JPEG 1001")
@@ -282,49 +267,34 @@ def pillow(pixels, kind, mode=None, **options):
     """The pixels in a file that Pillow writes."""
     data = io.BytesIO()
     image = Image.fromarray(pixels)
-    image = image.quantize(256, dither=Image.Dither.NONE) if mode == "P" else image.convert(mode) if mode else image
+    image = image.quantize(256, dither=Image.Dither.NONE) if mode == "P" else image.convert(mode)
     image.save(data, kind, **options)
     return data.getvalue()
 
 
-GREY = PIXELS[..., 0]
-ALPHA = np.full_like(GREY, 7)
-WIDE = PIXELS.astype(np.uint16) * 256 + 128
-FILES = {  # the file and how far its pixels may be from the original, at most
-    "PNG": (pillow(PIXELS, "png"), PIXELS, 0),
-    "PNG of a palette": (pillow(PIXELS, "png", "P"), PIXELS, 24),
-    "PNG with alpha": (pillow(np.dstack([PIXELS, ALPHA]), "png"), PIXELS, 0),
-    "grey PNG": (pillow(GREY, "png"), GREY, 0),
-    "grey PNG with alpha": (pillow(np.dstack([GREY, ALPHA]), "png"), GREY, 0),
-    "PNG of 16 bits": (cv2.imencode(".png", WIDE[..., ::-1])[1].tobytes(), PIXELS, 1),
-    "grey PNG of 16 bits": (cv2.imencode(".png", WIDE[..., 0])[1].tobytes(), GREY, 1),
-    "PNG of 16 bits with alpha": (
-        cv2.imencode(".png", np.dstack([WIDE[..., ::-1], WIDE[..., 0]]))[1].tobytes(),
-        PIXELS,
-        1,
-    ),
-    "PNG of 1 bit": (pillow((GREY > 127) * np.uint8(255), "png", "1"), (GREY > 127) * np.uint8(255), 0),
-    "JPEG": (pillow(PIXELS, "jpeg", quality=100, subsampling=0), PIXELS, 8),
-    "grey JPEG": (pillow(GREY, "jpeg", quality=100), GREY, 8),
-    "CMYK JPEG": (pillow(PIXELS, "jpeg", "CMYK", quality=100), PIXELS, 40),
-    "WebP": (pillow(PIXELS, "webp", lossless=True), PIXELS, 0),
-    "WebP with alpha": (pillow(np.dstack([PIXELS, ALPHA]), "webp", lossless=True, exact=True), PIXELS, 0),
-    "BMP": (pillow(PIXELS, "bmp"), PIXELS, 0),
-    "grey BMP": (pillow(GREY, "bmp"), GREY, 0),
-    "TIFF": (pillow(PIXELS, "tiff"), PIXELS, 0),
-    "PPM": (pillow(PIXELS, "ppm"), PIXELS, 0),
-}
-
-
 def test_every_kind_of_file_becomes_three_planes_of_bytes_in_rgb():
-    for kind, (data, pixels, most) in FILES.items():
+    grey, alpha = PIXELS[..., 0], np.full_like(PIXELS[..., :1], 7)
+    wide = np.dstack([PIXELS[..., ::-1], alpha]).astype(np.uint16) * 256 + 128  # as OpenCV writes it: BGR
+    with_alpha, binary = np.dstack([PIXELS, alpha]), (grey > 127) * np.uint8(255)
+    files = {  # the file and how far its pixels may be from the original, at most
+        "PNG of a palette": (pillow(PIXELS, "png", "P"), PIXELS, 24),
+        "grey PNG with alpha": (pillow(np.dstack([grey, alpha]), "png"), grey, 0),
+        "PNG of 16 bits": (cv2.imencode(".png", wide[..., :3])[1].tobytes(), PIXELS, 1),
+        "PNG of 16 bits with alpha": (cv2.imencode(".png", wide)[1].tobytes(), PIXELS, 1),
+        "PNG of 1 bit": (pillow(binary, "png", "1"), binary, 0),
+        "JPEG": (pillow(PIXELS, "jpeg", quality=100, subsampling=0), PIXELS, 8),
+        "grey JPEG": (pillow(grey, "jpeg", quality=100), grey, 8),
+        "CMYK JPEG": (pillow(PIXELS, "jpeg", "CMYK", quality=100), PIXELS, 40),
+        "WebP with alpha": (pillow(with_alpha, "webp", lossless=True, exact=True), PIXELS, 0),
+        "grey BMP": (pillow(grey, "bmp"), grey, 0),
+        "TIFF": (pillow(PIXELS, "tiff"), PIXELS, 0),
+        "PPM": (pillow(PIXELS, "ppm"), PIXELS, 0),
+    }
+    for kind, (data, pixels, most) in files.items():
         image = images.decode(data)
         assert image.shape == (3, 20, 24) and image.dtype == torch.uint8 and image.is_contiguous(), kind
         expected = pixels if pixels.ndim == 3 else np.dstack([pixels] * 3)
         assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).max() <= most, kind
-
-
-def test_what_is_no_whole_image_is_a_value_error():
-    for data in b"", b"no image", png(0)[:40], png(0)[:-30], FILES["JPEG"][0][:200]:
+    for data in b"", b"no image", png(0)[:40], png(0)[:-30], files["JPEG"][0][:200]:
         with pytest.raises(ValueError, match="not an image"):
             images.decode(data)
