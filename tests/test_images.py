@@ -214,7 +214,7 @@ def read(size):
 
 if __name__ == "__main__":
     before = {"AWS_PROFILE": "of_before", "AWS_CONFIG_FILE": "config"}  # which is not there any more later
-    open("config", "w").write("[profile of_before]\nregion = eu-west-1\n")
+    open("config", "w").write("[profile of_before]\\nregion = eu-west-1\\n")
     os.environ |= before
     read(5)
     os.remove("config")
