@@ -35,7 +35,8 @@ def parse_example(line):
 
 def assign_split(example):
     """"test", which 10 percent of the threads are, "validation", 5 percent, or "train"."""
-    place = zlib.crc32(str(example["thread"] or example["turns"][0].lower()).encode()) % 100
+    thread = example["turns"][0].lower() if example["thread"] in (None, "") else example["thread"]
+    place = zlib.crc32(str(thread).encode()) % 100
     return "test" if place < 10 else "validation" if place < 15 else "train"
 
 class Dialogues:
