@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import csv
-import itertools
 import os
 import re
 import runpy
@@ -13,7 +12,6 @@ import time
 import traceback
 import tracemalloc
 from collections import Counter
-from importlib.util import find_spec
 from urllib.parse import quote
 
 import nbformat
@@ -28,8 +26,6 @@ from helpers import experiment, storage
 from helpers.chapters import bot, joke_corpus, telegram_bot
 from helpers.chapters import jokes as language
 
-numbers = itertools.count()
-
 
 @pytest.fixture(scope="module")
 def postgres():
@@ -39,33 +35,27 @@ def postgres():
         yield port
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request, tmp_path):
+@pytest.fixture
+def sqlite(tmp_path):
     """The URL of a new database, connected."""
+    url = f"sqlite:///{tmp_path}/jokes.db"
+    bot.connect(url)
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request):
+    """The same, of both kinds."""
     if request.param == "sqlite":
         return request.getfixturevalue("sqlite")
-    port, name = request.getfixturevalue("postgres"), f"jokes{next(numbers)}"
+    port, name = request.getfixturevalue("postgres"), f"jokes{time.time_ns()}"
     pg.query(port, f"CREATE DATABASE {name}")
     url = f"postgresql://bot:{quote(pg.PASSWORD, safe='')}@127.0.0.1:{port}/{name}"
     bot.connect(url)
     return url
 
 
-@pytest.fixture
-def sqlite(tmp_path):
-    url = f"sqlite:///{tmp_path}/jokes.db"
-    bot.connect(url)
-    return url
-
-
-@contextlib.contextmanager
-def joke_bot(*args, **options):
-    """A JokeBot that is closed at the end."""
-    jokes = bot.JokeBot(*args, **options)
-    try:
-        yield jokes
-    finally:
-        jokes.close()
+joke_bot = lambda *args, **options: contextlib.closing(bot.JokeBot(*args, **options))
 
 
 def echo(questions):
@@ -86,24 +76,33 @@ class Gate:
         return echo(questions)
 
 
+@pytest.fixture(scope="module")
+def notebook():
+    """notebook(*texts): the names that the code cells of 07a with these texts define, one after the other."""
+    page = nbformat.read(BY_NUMBER["07a"], as_version=4)
+    cells = [cell.source for cell in page.cells if cell.cell_type == "code"]
+
+    def run_cells(*texts, **names):
+        names = {**vars(bot), **names}
+        for text in ("import ipywidgets", *texts):
+            [source] = [source for source in cells if text in source]
+            exec(source, names)
+        return names
+
+    return run_cells
+
+
 def test_a_second_vote_of_the_same_person_replaces_the_first_and_any_text_can_be_told(database, request):
     one, two = bot.record("human", "Why?", "Because."), bot.record("model", "How?", "So.", asked=True)
-    assert bot.tally() == {"human": (1, 0, 0), "model": (1, 0, 0)}
-    told = bot.vote(one.id, 1, True)
-    assert (told.question, told.answer) == ("Why?", "Because.")
-    bot.vote(one.id, 2, True)
-    bot.vote(two.id, 1, False)
-    assert bot.tally() == {"human": (1, 2, 2), "model": (1, 1, 0)}
-    bot.vote(one.id, 1, False)
-    bot.vote(one.id, 1, False)
-    assert bot.tally() == {"human": (1, 2, 1), "model": (1, 1, 0)}
-    assert bot.vote(10**17, 1, True) is None
+    assert bot.tally() == {"human": (1, 0, 0), "model": (1, 0, 0)} and bot.vote(10**17, 1, True) is None
+    for joke, person, liked in (one, 1, True), (one, 2, True), (two, 1, False), (one, 1, False), (one, 1, False):
+        assert bot.vote(joke.id, person, liked).answer == joke.answer
     if database.startswith("postgresql"):  # a restarted server breaks nothing
         ends = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
         pg.query(request.getfixturevalue("postgres"), ends)
+    assert bot.tally(asked=False) == {"human": (1, 2, 1)} and bot.tally(asked=True) == {"model": (1, 1, 0)}
     bot.connect(database)  # as after a restart
     assert bot.tally() == {"human": (1, 2, 1), "model": (1, 1, 0)}
-    assert bot.tally(asked=False) == {"human": (1, 2, 1)} and bot.tally(asked=True) == {"model": (1, 1, 0)}
     joke = bot.record("it's; DROP TABLE vote --", "a\0b \ud800 😀 'quoted' \"doubly\" %s", "x" * 5000)
     told = bot.vote(joke.id, "me", True)
     assert told.question == "ab  😀 'quoted' \"doubly\" %s" and 1000 < len(told.answer) < 4000
@@ -111,17 +110,16 @@ def test_a_second_vote_of_the_same_person_replaces_the_first_and_any_text_can_be
 
 
 def test_a_database_of_the_version_before_keeps_its_votes(database, notebook):
-    table = bot.Table._meta.database
     with bot.connection():
-        table.execute_sql("DROP TABLE vote")
-        table.execute_sql("DROP TABLE joke")
-        for columns in (
-            "joke (id BIGINT PRIMARY KEY, source TEXT, question TEXT, answer TEXT, told REAL)",
-            "vote (joke_id BIGINT, person TEXT, liked BOOLEAN, voted REAL, PRIMARY KEY (joke_id, person))",
+        for statement in (
+            "DROP TABLE vote",
+            "DROP TABLE joke",
+            "CREATE TABLE joke (id BIGINT PRIMARY KEY, source TEXT, question TEXT, answer TEXT, told REAL)",
+            "CREATE TABLE vote (joke_id BIGINT, person TEXT, liked BOOLEAN, voted REAL, PRIMARY KEY (joke_id, person))",
+            "INSERT INTO joke VALUES (17, 'model', 'How?', 'So.', 1)",
+            "INSERT INTO vote VALUES (17, 'me', true, 2)",
         ):
-            table.execute_sql(f"CREATE TABLE {columns}")
-        table.execute_sql("INSERT INTO joke VALUES (17, 'model', 'How?', 'So.', 1)")
-        table.execute_sql("INSERT INTO vote VALUES (17, 'me', true, 2)")
+            bot.Table._meta.database.execute_sql(statement)
     bot.connect(database)
     bot.vote(bot.record("model", "Why?", "Because.").id, "me", True)
     assert bot.tally() == {"model": (2, 2, 2)} and bot.tally(asked=False) == {"model": (1, 1, 1)}
@@ -142,21 +140,17 @@ def test_jokes_that_people_like_are_the_next_data_set(notebook, sqlite, tmp_path
     liked_jokes, rows = page["liked_jokes"], page["read_votes"]()
     assert len(rows) == 24 and {row["person"] for row in rows} == set(range(1, 7)) and "fan" not in str(rows)
     assert liked_jokes(rows) == [joke] and liked_jokes(rows, votes=7) == []
-    assert liked_jokes(rows, above=0.4) == [joke, other]  # five of six: at least 0.44
-    run = experiment.Run(tmp_path / "runs")
-    page |= dict(run=run, liked_votes=5, liked_above=0.4)
+    page |= dict(run=experiment.Run(tmp_path / "runs"), liked_votes=5, liked_above=0.4)  # five of six: at least 0.44
     page["save_votes"]()
-    read, broken = joke_corpus.read(f"{run.url}/liked_jokes.csv")
-    assert read == [joke, other] and not broken  # which notebook 05 takes
-    with open(f"{run.url}/votes.csv", newline="") as file:
+    assert joke_corpus.read(f"{page['run'].url}/liked_jokes.csv") == ([joke, other], 0)  # which notebook 05 takes
+    with open(f"{page['run'].url}/votes.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    assert [row["answer"] for row in table] == [row["answer"] for row in rows]
     counted = Counter((row["asked"], row["liked"]) for row in table)
     assert counted == {("False", "True"): 11, ("False", "False"): 7, ("True", "True"): 6}
-    if find_spec("pyarrow"):
+    with contextlib.suppress(ImportError):
         import pyarrow.parquet
 
-        assert pyarrow.parquet.read_table(f"{run.url}/votes.parquet").to_pylist() == rows
+        assert pyarrow.parquet.read_table(f"{page['run'].url}/votes.parquet").to_pylist() == rows
 
 
 def test_no_vote_is_lost_when_the_voters_are_killed(sqlite, tmp_path):
@@ -174,7 +168,6 @@ def test_no_vote_is_lost_when_the_voters_are_killed(sqlite, tmp_path):
 
     before = there()
     assert len(counted) >= 100 and counted <= before.keys() and len(before.keys() - counted) <= 50  # not printed yet
-    assert bot.tally() == {"model": (100, len(before), len(before))}
     for number in range(50):  # and life goes on
         bot.vote(jokes[0], number, False)
     assert there() == {**before, **{f"{jokes[0]} {number}": False for number in range(50)}}
@@ -186,36 +179,28 @@ def test_a_file_is_private_whatever_its_name(tmp_path, monkeypatch):
     name = "what#is?this=1 %20&.db"
     for url, path in (("", "C#?/runs/jokes.db"), (f"sqlite:///{tmp_path}/{name}", name)):
         assert bot.connect(url) == f"sqlite: {tmp_path / path}"
-        bot.vote(bot.record("human", "Why?", "Because.").id, 1, True)
-        assert (tmp_path / path).stat().st_mode & 0o777 == 0o600 and bot.tally() == {"human": (1, 1, 1)}
+        assert (tmp_path / path).stat().st_mode & 0o777 == 0o600 and bot.tally() == {}
 
 
-SERVER = "postgresql://bot:{}@127.0.0.1"
-BAD = {
-    "no scheme": "jokes.db",
-    "no server": SERVER + ":9/jokes",
-    "not encoded": "postgresql://bot:{raw}@127.0.0.1:{port}/jokes",
-    "a hash": "postgresql://bot:w:rd#1@127.0.0.1/jokes",
-    "a question mark": "postgresql://bot:1?w:rd=w:rd@127.0.0.1/jokes",
-    "no port": SERVER + ":w:rd/jokes",
-    "wrong password": "postgresql://bot:{}x@127.0.0.1:{port}/postgres",
-    "password as an option": "postgresql://bot@127.0.0.1:{port}/nowhere?password={}",
-    "no folder": "sqlite:////proc/nowhere/jokes.db",
-    "a folder": "sqlite:////proc",
-    "no file": "sqlite://",
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_database_is_one_clear_error_without_the_password(kind, request, monkeypatch):
-    port = request.getfixturevalue("postgres") if "{port}" in BAD[kind] else 9
-    encoded = quote(pg.PASSWORD, safe="")
-    monkeypatch.setenv("JOKES_DATABASE_URL", BAD[kind].format(encoded, raw=pg.PASSWORD, port=port))
-    with pytest.raises(storage.StorageError) as error:
-        bot.connect()
-    said = "".join(traceback.format_exception(error.value))
-    assert not re.search(r"p@ss|p%40ss|w:rd|w%3Ard|rd#1", said), said
-    assert "database" in str(error.value) or "votes cannot be kept in" in str(error.value)
+def test_a_bad_database_is_one_clear_error_without_the_password(request, monkeypatch):
+    port, encoded = 9 if pg.missing() else request.getfixturevalue("postgres"), quote(pg.PASSWORD, safe="")
+    server = f"127.0.0.1:{port}"
+    for url in (
+        "jokes.db",
+        f"postgresql://bot:{encoded}@127.0.0.1:9/jokes",  # nobody is there
+        f"postgresql://bot:{pg.PASSWORD}@{server}/jokes",
+        "postgresql://bot:w:rd#1@127.0.0.1/jokes",
+        "postgresql://bot:1?w:rd=w:rd@127.0.0.1/jokes",
+        f"postgresql://bot:{encoded}x@{server}/postgres",
+        f"postgresql://bot@{server}/nowhere?password={encoded}",
+        "sqlite:////proc/nowhere/jokes.db",
+        "sqlite://",
+    ):
+        monkeypatch.setenv("JOKES_DATABASE_URL", url)
+        with pytest.raises(storage.StorageError, match="database|votes cannot be kept in") as error:
+            bot.connect()
+        said = "".join(traceback.format_exception(error.value))
+        assert not re.search(r"p@ss|p%40ss|w:rd|w%3Ard|rd#1", said), said
 
 
 def test_who_waits_is_gathered_and_too_many_are_politely_refused():
@@ -250,51 +235,39 @@ def test_each_person_has_a_limit_of_their_own(monkeypatch):
 def test_who_cannot_answer_is_not_asked(sqlite):
     people = bot.People(PAIRS, seed=0)
     with joke_bot({"people": people, "model": echo}, stock=0, per_minute=100) as jokes:
-        told = [jokes.tell("me", "Why?" if number % 2 else None) for number in range(80)]
+        told = [jokes.tell("me", "Why?" if number % 2 else None) for number in range(60)]
     assert {joke.source for joke in told[1::2]} == {"model"} and {joke.answer for joke in told[1::2]} == {"Why? it is"}
     of_people = {(joke.question, joke.answer) for joke in told[::2] if joke.source == "people"}
-    assert of_people == set(PAIRS) and bot.tally(asked=True) == {"model": (40, 0, 0)}
-    assert sum(count for count, *_ in bot.tally(asked=False).values()) == 40
+    assert of_people == set(PAIRS) and bot.tally(asked=True) == {"model": (30, 0, 0)}
     with joke_bot({"people": people}, stock=0) as jokes, pytest.raises(bot.Busy, match="cannot answer questions"):
         jokes.ask("me", "Why?")
 
 
 def test_whole_jokes_are_ready_before_anybody_asks():
-    gate, number = Gate(), itertools.count()
-
-    def counted(questions):
-        gate(questions)
-        return [(f"Joke {next(number)}?", "Yes.") for _ in questions]
-
+    gate = Gate()
     gate.opened.set()
-    with joke_bot({"model": counted}, batch=8, stock=16) as jokes:
+    with joke_bot({"model": gate}, batch=8, stock=16) as jokes:
         assert any(time.sleep(0.05) or len(jokes.queue.ready["model"]) == 16 for _ in range(400))
         gate.opened.clear()
-        told = [jokes.ask("me").result(0) for _ in range(16)]  # at once, though the source does not answer
-        assert [question for _, question, _ in told] == [f"Joke {i}?" for i in range(16)]
+        for _ in range(16):
+            jokes.ask("me").result(0)  # at once, though the source does not answer
         late = jokes.ask("me")
         assert not late.done()
         gate.opened.set()
         assert late.result(60)[0] == "model"
     assert gate.batches[0] == [None] * 8
-    with joke_bot({"model": echo}, batch=8, stock=3) as jokes:
-        assert any(time.sleep(0.05) or len(jokes.queue.ready["model"]) == 3 for _ in range(400))
 
 
 def test_memory_stays_flat():
     used = []
-
-    def tell(questions):
-        return [(f"{question} {'x' * 100}", "y" * 1000 + str(question)) for question in questions]
-
-    with joke_bot({"model": tell}) as jokes:
+    with joke_bot({"model": lambda questions: [(str(question), "y" * 1000) for question in questions]}) as jokes:
         tracemalloc.start()
         for number in range(0, 2400, 16):
             asked = [jokes.ask(number + i, None if i % 2 else f"{number + i}?") for i in range(16)]
             assert all(future.result(60) for future in asked)
             used.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    assert used[-1] - used[25] < 500_000, "bytes more after 2,000 jokes of 1,100 bytes"
+    assert used[-1] - used[25] < 500_000, "bytes more after 2,000 jokes of 1,000 bytes"
 
 
 @contextlib.contextmanager
@@ -317,7 +290,7 @@ def process(tmp_path, server, exits=0):
     finally:
         running.kill()
         running.join()
-        assert tg.TOKEN not in running.log() and tg.TOKEN.split(":")[1] not in running.log()
+        assert tg.TOKEN.split(":")[1] not in running.log()
 
 
 @pytest.fixture(scope="module")
@@ -337,10 +310,8 @@ def buttons(message):
 
 def answer(server, query):
     """The text of the bot's answer to the press of a button."""
-    return server.wait(
-        lambda: [call["text"] for call in server.called("answerCallbackQuery") if call["callback_query_id"] == query],
-        "the answer to a vote",
-    )[0]
+    texts = lambda: {call["callback_query_id"]: call["text"] for call in server.called("answerCallbackQuery")}
+    return server.wait(lambda: texts().get(query), "the answer to a vote")
 
 
 def votes(server):
@@ -350,8 +321,6 @@ def votes(server):
 
 
 def test_a_joke_and_an_answer_as_they_are_written(chat):
-    chat.say(1, "/start")
-    assert "/joke" in chat.reply(1)["text"] and "question" in chat.reply(1)["text"]
     for number in range(12):
         chat.say(2, "/joke" if number % 2 else f"/joke@{tg.NAME}")
     texts = {chat.reply(2, number)["text"] for number in range(12)}
@@ -380,10 +349,10 @@ def test_a_vote_is_thanked_for_and_may_be_changed(chat):
 def test_nobody_votes_on_what_they_were_not_told(chat):
     chat.say(6, "What is my secret?")
     chat.say(7, "/joke")
-    secret, mine, before = buttons(chat.reply(6))["👍"], chat.reply(7), votes(chat)
+    mine, before = chat.reply(7), votes(chat)
     numbers = [int(buttons(message)["👍"][1:]) for message in (chat.reply(6), mine)]
     assert min(numbers) >= 10**17 and abs(numbers[0] - numbers[1]) > 10**6, "the next number could be guessed"
-    for data in (f"👍{int(secret[1:]) + 1}", "👍1", "👍" + "9" * 18, "👍" + "9" * 30, "like", ""):
+    for data in (f"👍{numbers[0] + 1}", "👍1", "👍" + "9" * 30, "like", ""):
         assert "no longer" in answer(chat, chat.press(7, mine, data))
     assert votes(chat) == before and chat.sent(7)[0]["text"] == mine["text"]
 
@@ -404,7 +373,7 @@ def test_what_is_no_question_is_explained_and_what_is_no_message_is_not(chat):
     photo = [{"file_id": "a", "file_unique_id": "b", "width": 1, "height": 1}]
     for number, content in enumerate([dict(text="/nonsense"), dict(photo=photo, caption="Why?")]):
         chat.say(10, **content)
-        assert chat.reply(10, number)["text"].startswith("I tell jokes")
+        assert chat.reply(10, number)["text"].startswith("I tell jokes. /joke for one, or write a question")
     chat.say(11, new_chat_title="what Telegram itself says in a chat")
     chat.push(edited_message={"message_id": 1, "date": 1, "edit_date": 2, **tg.person(11), "text": "Why?"})
     chat.push(channel_post={"message_id": 1, "date": 1, "chat": {"id": 11, "type": "channel"}, "text": "Why?"})
@@ -413,16 +382,9 @@ def test_what_is_no_question_is_explained_and_what_is_no_message_is_not(chat):
 
 
 def test_a_busy_telegram_gets_everything_in_the_end(chat):
-    chat.answers["sendMessage"] += [
-        tg.refusal(429, "Too Many Requests: retry after 1", retry_after=1),
-        tg.refusal(502, "Bad Gateway"),
-        (0, None),
-    ]
-    chat.answers["getUpdates"] += [
-        tg.refusal(500, "Internal Server Error"),
-        (200, {"ok": True}),
-        tg.refusal(429, "Too Many Requests: retry after 1", retry_after=1),
-    ]
+    wait, fault = tg.refusal(429, "Too Many Requests: retry after 1", retry_after=1), tg.refusal(502, "Bad Gateway")
+    chat.answers["sendMessage"] += [wait, fault, (0, None)]
+    chat.answers["getUpdates"] += [fault, (200, {"ok": True}), wait]
     chat.say(12, "Why is the lighthouse bright?")
     assert chat.reply(12)["text"].startswith("Why is the lighthouse bright?")
     assert not chat.answers["sendMessage"] and len(chat.sent(12)) == 1
@@ -430,23 +392,28 @@ def test_a_busy_telegram_gets_everything_in_the_end(chat):
 
 def test_malformed_updates_are_left_out(chat):
     chat.push(message="no message")
-    chat.push(message={"text": "Why?"})
     chat.push(callback_query={"id": 1})
     chat.push(message={"message_id": 1, "date": "yesterday", **tg.person(13), "text": "Why?"})
     chat.push(unheard_of={"of": ["a", "newer", "API"]})
     chat.say(13, "/start")
     assert "/joke" in chat.reply(13)["text"]
     chat.wait(lambda: not chat.updates, "the updates to be confirmed")
-    assert chat.process.is_alive()
 
 
-def test_more_users_at_once_than_may_wait(chat):
-    people = range(1000, 1120)
-    for person in people:
-        chat.say(person, "/joke" if person % 2 else "Why is the lighthouse bright?")
-    texts = [chat.reply(person)["text"] for person in people]
-    jokes = [text for text in texts if "\n\n" in text]
-    assert len(jokes) >= 64 and all("try again" in text for text in texts if text not in jokes)
+def test_an_error_is_told_politely_and_logged(chat):
+    chat.answers["sendMessage"] += [tg.refusal(403, "Forbidden: bot was blocked by the user")]
+    chat.say(14, "/start")
+    chat.wait(lambda: not chat.answers["sendMessage"], "the attempt")
+    chat.say(15, "Fail!")
+    assert "Something went wrong, sorry" in chat.reply(15)["text"]
+    chat.say(15, "Why?")
+    assert chat.reply(15, 1)["text"] == "Why?\n\n<Why?> & more."
+    for _ in range(45):  # 20 are told in a minute
+        chat.say(16, "/joke")
+    texts = [chat.reply(16, number)["text"] for number in range(45)]
+    assert sum(text.startswith("You are faster than I am!") for text in texts) >= 5
+    log = chat.process.log()
+    assert "ValueError: this joke is not funny" in log and "/getMe" not in log and "api" not in log
 
 
 def test_sigterm_finishes_what_is_in_flight(tmp_path):
@@ -458,8 +425,16 @@ def test_sigterm_finishes_what_is_in_flight(tmp_path):
         running.terminate()
         running.join(60)
         assert [server.reply(person)["text"] for person in range(1, 6)] == ["Slow?\n\n<Slow?> & more."] * 5
-        assert {call["action"] for call in server.called("sendChatAction")} == {"typing"}
         assert not server.updates or int(server.called("getUpdates")[-1]["offset"]) > server.updates[-1][0]
+
+
+def test_a_token_that_is_revoked_ends_the_bot(tmp_path):
+    with tg.telegram() as server, process(tmp_path, server, exits=1) as running:
+        with server.changed:
+            server.valid = False
+            server.changed.notify_all()
+        running.join(60)
+        assert "ask @BotFather for another" in running.log() and "Traceback" not in running.log()
 
 
 WRONG = {
@@ -489,48 +464,11 @@ def test_it_says_what_is_wrong_and_not_the_token(kind, tmp_path, monkeypatch, ca
     assert WRONG[kind] in log and not re.search(f"Traceback|tell-nobody|{tg.TOKEN.split(':')[1]}", log), log
 
 
-def test_a_token_that_is_revoked_ends_the_bot(tmp_path):
-    with tg.telegram() as server, process(tmp_path, server, exits=1) as running:
-        with server.changed:
-            server.valid = False
-            server.changed.notify_all()
-        running.join(60)
-        assert "ask @BotFather for another" in running.log() and "Traceback" not in running.log()
-
-
-def test_an_error_is_told_politely_and_logged(chat):
-    chat.answers["sendMessage"] += [tg.refusal(403, "Forbidden: bot was blocked by the user")]
-    chat.say(14, "/start")
-    chat.wait(lambda: not chat.answers["sendMessage"], "the attempt")
-    chat.say(15, "Fail!")
-    assert "Something went wrong, sorry" in chat.reply(15)["text"]
-    chat.say(15, "Why?")
-    assert chat.reply(15, 1)["text"] == "Why?\n\n<Why?> & more."
-    log = chat.process.log()
-    assert "ValueError: this joke is not funny" in log and "/getMe" not in log and "api" not in log
-
-
-@pytest.fixture(scope="module")
-def notebook():
-    """notebook(*texts): the names that the code cells of 07a with these texts define, one after the other."""
-    page = nbformat.read(BY_NUMBER["07a"], as_version=4)
-    cells = [cell.source for cell in page.cells if cell.cell_type == "code"]
-
-    def run_cells(*texts, **names):
-        names = {**vars(bot), **names}
-        for text in ("import ipywidgets", *texts):
-            [source] = [source for source in cells if text in source]
-            exec(source, names)
-        return names
-
-    return run_cells
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """The folder of two small models, whose base models are known, and of a CSV of jokes."""
     folder = tmp_path_factory.mktemp("models")
-    model, tokenizer = language.load_base("", [pair for pair in PAIRS for _ in range(20)], 24)
+    model, tokenizer = language.load_base("", PAIRS * 20, 24)
     for name in ("minilm", "small"):
         model.config.base_model = name
         language.save(model, tokenizer, folder / f"jokes-{name}")
@@ -538,26 +476,34 @@ def models(tmp_path_factory):
     return folder
 
 
-def test_models_and_people_tell_jokes_side_by_side(models, sqlite, one_thread, monkeypatch):
+def test_models_and_people_tell_jokes_side_by_side(models, one_thread, monkeypatch, sqlite):
     urls = [f"{models}/jokes-minilm", f"{models}/jokes-small", f"{models}/jokes-small", f"{models}/human.csv"]
     sources = bot.load_sources(urls)
     assert list(sources) == ["minilm", "small", urls[2], "human.csv"]  # what the votes are to compare
     with joke_bot(sources, stock=0, seed=0) as jokes:
         asked = [jokes.ask(i, "Why?" if i % 2 else None) for i in range(40)]
         told = [future.result(60) for future in asked]
-    assert all(question.strip() and answer.strip() for _, question, answer in told)
-    assert {question for _, question, _ in told[1::2]} == {"Why?"} and {source for source, *_ in told[::2]} == {
-        *sources
-    }
-    assert {source for source, *_ in told[1::2]} == {*sources} - {"human.csv"}
-    with pytest.raises(storage.StorageError, match=r"minilm tells no jokes with {'temperature': 0.0}"):
-        bot.load_sources(urls[:1], temperature=0.0)
+    assert {question for _, question, _ in told[1::2]} == {"Why?"} and all(answer for *_, answer in told)
+    assert [{source for source, *_ in told[i::2]} for i in (0, 1)] == [{*sources}, {*sources} - {"human.csv"}]
     monkeypatch.setenv("TELEGRAM_BOT_TOKEN", tg.TOKEN)
     monkeypatch.setattr(telegram_bot, "serve", lambda jokes, *_: served.append(jokes) or jokes.close())
     options, served = "--temperature 0.7 --top-k 5 --top-p 0.5 --repetition-penalty 1.3 --stock 0".split(), []
     telegram_bot.main([urls[0], urls[3], *options])
     assert list(served[0].sources) == ["minilm", "human.csv"]
     assert served[0].sources["minilm"].keywords == dict(temperature=0.7, top_k=5, top_p=0.5, repetition_penalty=1.3)
+
+
+def test_what_cannot_be_a_source_is_named(models, tmp_path):
+    empty, model = tmp_path / "empty.csv", models / "jokes-minilm"
+    empty.write_text("ID,Question,Answer\n")
+    for url, said, options in (
+        (empty, "holds no jokes", {}),
+        (tmp_path / "none.csv", "none.csv", {}),
+        (tmp_path, "NOTEBOOKS=05", {}),
+        (model, "minilm tells no jokes with {'temperature': 0.0}", dict(temperature=0.0)),
+    ):
+        with pytest.raises(storage.StorageError, match=said):
+            bot.load_sources([str(url)], **options)
 
 
 def test_the_models_of_a_bucket_are_found(notebook, models, embedded, bucket):
@@ -574,14 +520,6 @@ def test_the_models_of_a_bucket_are_found(notebook, models, embedded, bucket):
     assert list(given["sources"]) == ["human.csv", "small"]
 
 
-def test_what_cannot_be_a_source_is_named(tmp_path):
-    empty = tmp_path / "empty.csv"
-    empty.write_text("ID,Question,Answer\n")
-    for url, said in (empty, "holds no jokes"), (tmp_path / "none.csv", "none.csv"), (tmp_path, "NOTEBOOKS=05"):
-        with pytest.raises(storage.StorageError, match=said):
-            bot.load_sources([str(url)])
-
-
 def test_the_panel_of_the_notebook(notebook, sqlite):
     with joke_bot({"model": echo}, per_minute=3, stock=0) as jokes:
         names = dict(jokes=jokes, sources={"people": bot.People(PAIRS)}, human="people", display=print)
@@ -589,17 +527,14 @@ def test_the_panel_of_the_notebook(notebook, sqlite):
         assert "Both &lt; lean" in shown["picture"](bot.Joke(question=PAIRS[0][0], answer=PAIRS[0][1]), "👍").data
         panel = shown["panel"](jokes)
         (question, tell), shown, buttons = panel.children[0].children, panel.children[1], panel.children[2]
-        like, dislike = buttons.children
         question.value = "Why <b>so</b> & not?"
         tell.click()
         assert "Why &lt;b&gt;so&lt;/b&gt; &amp; not?" in shown.value and buttons.layout.visibility == "visible"
-        for button, counted in ((like, (1, 1, 1)), (dislike, (1, 1, 0))):
+        for button, counted in zip(buttons.children, ((1, 1, 1), (1, 1, 0))):
             button.click()
             assert "Thank you for your feedback" in shown.value and bot.tally() == {"model": counted}
-        tell.click()
-        assert "Thank you" not in shown.value
-        tell.click()
-        tell.click()
+        for _ in range(3):
+            tell.click()
         assert "seconds" in shown.value and buttons.layout.visibility == "hidden"
 
 
