@@ -9,13 +9,11 @@ import sys
 import threading
 import time
 from html import escape
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from shutil import which
 from types import SimpleNamespace
 
 import nbformat
-import papermill
 import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -25,7 +23,20 @@ from helpers import run, storage
 SECRET = 'wJalr/XUtnFEMI+K7MDENG\\bPxRfiCY"EXAMPLE'  # with characters that JSON and addresses write differently
 SHOW = "from IPython.display import JSON, Image, display\n"
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+ROWS = [{"name": "<i>", "model_bytes": 3054499}, {"name": "b", "model_bytes": 10}]
+RESULTS = {"val_loss": 0.123456, "model_bytes": 3054499, "loop_seconds": 65.0, "tag": "<i>", "rows": ROWS}
 METADATA = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+LOOPS = """
+import io
+from contextlib import redirect_stdout
+from helpers import storage
+with storage.progress(5, 'a loop') as bar:
+    for i in range(5):
+        bar.update()
+        bar.refresh()
+        if i == 2: print('in between')
+        with redirect_stdout(io.StringIO()), storage.progress(2, 'silenced') as other: other.update()
+"""
 
 
 def write(folder: Path, name: str, *cells: str) -> Path:
@@ -39,33 +50,8 @@ def write(folder: Path, name: str, *cells: str) -> Path:
     return folder / name
 
 
-class EmptyS3(BaseHTTPRequestHandler):
-    """Has no buckets, and takes any key."""
-
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"<ListAllMyBucketsResult><Buckets/></ListAllMyBucketsResult>")
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
-def environment():
-    """What a user has set who has an S3."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), EmptyS3) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url, keys = (
-            f"http://127.0.0.1:{server.server_port}",
-            {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": SECRET},
-        )
-        yield os.environ | {"AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1", **keys}
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, environment):
+def finished(tmp_path_factory, embedded_env):
     """One run of five notebooks, on a machine where Jupyter knows another kernel by the name of python3."""
     folder = tmp_path_factory.mktemp("run")
     notebooks = folder / "notebooks"
@@ -78,26 +64,23 @@ def finished(tmp_path_factory, environment):
         SHOW + f"import base64\npixel = base64.b64decode('{PIXEL}')",
         "for end in (b'first', b'middle', b'final'):\n    display(Image(data=pixel + end))",
         "display(JSON({'not': 'the last'}))",
-        "results = {'epochs': epochs, 'val_loss': 0.123456, 'model_bytes': 3054499, 'loop_seconds': 65.0}",
-        "display(JSON(results | {'kind': type(epochs).__name__, 'tag': '<i>', 'model': 's3://a/b',\n"
-        "                         'rows': [{'name': '<i>', 'model_bytes': 3054499}, {'name': 'b', 'model_bytes': 10}]}))",
+        f"display(JSON({{'epochs': epochs, 'kind': type(epochs).__name__, 'model': 's3://a/b'}} | {RESULTS}))",
         "print('the end')",
     )
-    fails = "x = 1\n'<u>'\n" + "x += 1\n" * 9 + "raise ValueError('\\x1b[31m<b>red</b>\\x1b[0m\\nand more')"
-    write(notebooks, "02_fails.ipynb", "# Fails", "#parameters\nepochs = 1", fails, "print('not reached')")
+    secret = "import os\nfrom urllib.parse import quote\nsecret = os.environ['WANDB_API_KEY']"
+    fails = "x = 1\n'<u>'\n" + "x += 1\n" * 9 + "raise ValueError('\\x1b[31m<b>red</b>\\x1b[0m\\nand ' + secret)"
+    write(notebooks, "02_fails.ipynb", "# Fails", "#parameters\nepochs = 1", secret, fails, "print('not reached')")
     write(notebooks, "03_dies.ipynb", "# Dies", "import os, signal", "os.kill(os.getpid(), signal.SIGKILL)")
-    shows = "import os\nsecret = os.environ['AWS_SECRET_ACCESS_KEY']\nprint(secret)"
-    quotes = "from urllib.parse import quote\nprint('http://host/?x=' + quote(secret, safe=''))\nraise KeyError(secret)"
-    write(notebooks, "04_leaks.ipynb", "# Leaks", shows, "secret", quotes)
+    write(notebooks, "04_leaks.ipynb", "# Leaks", secret, "print(secret, 'http://host/?x=' + quote(secret, safe=''))")
     links = "[first](01_good.ipynb) [the source](../helpers/x.py)"
     after = f"# It:\n\n## A *part* of it\n\n$$\\frac{{1}}{{2}}$$\n\n{links}"
-    write(notebooks, "05_after.ipynb", "# After", "print('ran')", after)
+    write(notebooks, "05_after.ipynb", "# After", LOOPS, after)
     other = folder / "other" / "kernels" / "python3"
     other.mkdir(parents=True)
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Other", "language": "python"}
     (other / "kernel.json").write_text(json.dumps(spec))
     command = [sys.executable, "-m", "helpers", "run", "-p", "epochs", "3"]
-    env = environment | {"JUPYTER_PATH": str(folder / "other")}
+    env = {**os.environ, **embedded_env, "WANDB_API_KEY": SECRET, "JUPYTER_PATH": str(folder / "other")}
     process = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     output = (folder / "runs" / "latest").resolve()
     page = soup(output / "index.html")
@@ -109,44 +92,12 @@ def soup(path):
     return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
 
 
+def texts(parts):
+    return [part.get_text() for part in parts]
+
+
 def lines(finished, start):
     return [line for line in finished.process.stdout.splitlines() if line.startswith(start)]
-
-
-def test_goes_on_after_a_failure_and_says_what_failed_where(finished):
-    assert finished.process.returncode == 1, finished.process.stderr
-    assert [line.split(",")[0] for line in lines(finished, ("ok", "FAILED"))] == [
-        "ok     01_good.ipynb",
-        "FAILED 02_fails.ipynb",
-        "FAILED 03_dies.ipynb",
-        "FAILED 04_leaks.ipynb",
-        "ok     05_after.ipynb",
-    ]
-    assert len(lines(finished, "2 of 5 notebooks succeeded, in ")) == 1
-    assert lines(finished, "Results: ") == [f"Results: {os.path.join('runs', finished.output.name, 'index.html')}"]
-    assert "KernelApp" not in finished.process.stderr and "cells," not in finished.process.stderr  # no chatter, no bar
-    error = "In [3]: ValueError: <b>red</b> and more"  # the injected parameters are In [2], but no cell of the source
-    assert lines(finished, "FAILED 02_fails") == [f"FAILED 02_fails.ipynb, {error}"]
-    assert "       | x = 1\n       | '<u>'\n" in finished.process.stdout and "| ...\n" in finished.process.stdout
-    card = finished.cards["02_fails.ipynb"]
-    assert error in card.select_one(".error").get_text() and not card.select("b, u")
-    assert card.select_one("pre").get_text().startswith("x = 1\n'<u>'")
-    assert "not reached" not in outputs_of(finished.output / "02_fails.ipynb")
-    (line,) = lines(finished, "FAILED 03_dies")
-    assert line.startswith(("FAILED 03_dies.ipynb, In [2]", "FAILED 03_dies.ipynb, In [*]"))
-    assert "DeadKernelError: Kernel died" in line
-    assert "os.kill" in finished.cards["03_dies.ipynb"].select_one("pre").get_text()
-
-
-def test_secrets_are_caught(finished):
-    (line,) = lines(finished, "FAILED 04_leaks")
-    assert "showed AWS_SECRET_ACCESS_KEY, replaced by ***; In [3]: KeyError" in line
-    for file in finished.output.iterdir():
-        text = file.read_text(encoding="utf-8")
-        assert "XUtnFEMI" not in text, file
-    assert "XUtnFEMI" not in finished.process.stdout + finished.process.stderr
-    executed = outputs_of(finished.output / "04_leaks.ipynb")
-    assert executed.startswith("***") and "http://host/?x=***" in executed
 
 
 def outputs_of(path: Path) -> str:
@@ -155,25 +106,55 @@ def outputs_of(path: Path) -> str:
     return "".join(o.get("text") or o.get("data", {}).get("text/plain", "") for cell in cells for o in cell.outputs)
 
 
+def test_goes_on_after_a_failure_and_says_what_failed_where(finished):
+    assert finished.process.returncode == 1, finished.process.stderr
+    assert len(lines(finished, "2 of 5 notebooks succeeded, in ")) == 1
+    assert lines(finished, "Results: ") == [f"Results: {os.path.join('runs', finished.output.name, 'index.html')}"]
+    assert "KernelApp" not in finished.process.stderr and "cells," not in finished.process.stderr  # no chatter, no bar
+    first, fails, dies, _, last = lines(finished, ("ok", "FAILED"))
+    assert first.startswith("ok     01_good.ipynb,") and last.startswith("ok     05_after.ipynb,")
+    error = "In [4]: ValueError: <b>red</b> and ***"  # the injected parameters are In [2], but no cell of the source
+    assert fails == f"FAILED 02_fails.ipynb, the notebook showed WANDB_API_KEY, replaced by ***; {error}"
+    assert "       | x = 1\n       | '<u>'\n" in finished.process.stdout and "| ...\n" in finished.process.stdout
+    card = finished.cards["02_fails.ipynb"]
+    assert error in card.select_one(".error").get_text() and not card.select("b, u")
+    assert card.select_one("pre").get_text().startswith("x = 1\n'<u>'")
+    assert "not reached" not in outputs_of(finished.output / "02_fails.ipynb")
+    assert dies.startswith(("FAILED 03_dies.ipynb, In [2]", "FAILED 03_dies.ipynb, In [*]"))
+    assert "DeadKernelError: Kernel died" in dies
+    assert "os.kill" in finished.cards["03_dies.ipynb"].select_one("pre").get_text()
+
+
+def test_secrets_are_caught(finished):
+    [line] = lines(finished, "FAILED 04_leaks")
+    assert line == "FAILED 04_leaks.ipynb, the notebook showed WANDB_API_KEY, replaced by ***"
+    written = [path.read_text(encoding="utf-8") for path in finished.output.iterdir()]
+    assert "XUtnFEMI" not in "".join([*written, finished.process.stdout, finished.process.stderr])
+    assert outputs_of(finished.output / "04_leaks.ipynb") == "*** http://host/?x=***\n"
+
+
 def test_kernel_is_ours_in_the_notebooks_folder_with_our_s3_and_the_parameters_that_the_notebook_has(
-    finished, environment
+    finished, embedded_env
 ):
     folder, python, endpoint = outputs_of(finished.output / "01_good.ipynb").splitlines()[:3]
     assert Path(folder) == (finished.folder / "notebooks").resolve()
-    assert (python, endpoint) == (sys.executable, environment["AWS_ENDPOINT_URL"])
+    assert (python, endpoint) == (sys.executable, embedded_env["AWS_ENDPOINT_URL"])
     paths = [finished.output / f"{name}.ipynb" for name in ("01_good", "02_fails", "05_after")]
     cells = [cell for path in paths for cell in nbformat.read(path, as_version=4).cells]
     injected = [cell.source for cell in cells if "injected-parameters" in cell.metadata.get("tags", [])]
     assert injected == ["# Parameters\nepochs = 3\n"] * 2
 
 
+def test_a_progress_bar_is_one_output(finished):
+    bar, said = nbformat.read(finished.output / "05_after.ipynb", as_version=4).cells[1].outputs
+    assert "a loop: 100%" in bar.data["text/plain"] and "5.00/5.00" in bar.data["text/plain"]
+    assert said.text == "in between\n"
+
+
 def test_results_are_those_of_the_last_cell_that_shows_json(finished):
     path = finished.output / "01_good.ipynb"
-    rows = [{"name": "<i>", "model_bytes": 3054499}, {"name": "b", "model_bytes": 10}]
-    expected = {"epochs": 3, "val_loss": 0.123456, "model_bytes": 3054499, "loop_seconds": 65.0}
-    expected |= {"kind": "int", "tag": "<i>", "model": "s3://a/b", "rows": rows}
-    for notebook in path, str(path), nbformat.read(path, as_version=4):
-        assert run.read_results(notebook) == expected
+    for notebook in path, nbformat.read(path, as_version=4):
+        assert run.read_results(notebook) == {"epochs": 3, "kind": "int", "model": "s3://a/b"} | RESULTS
     with pytest.raises(ValueError, match="05_after.ipynb shows no results"):
         run.read_results(finished.output / "05_after.ipynb")
     numbers = new_output("display_data", data={"application/json": [1, 2]})
@@ -186,8 +167,8 @@ def test_index_shows_titles_results_and_figures(finished):
     assert list(finished.cards) == [f"0{i}_{n}.ipynb" for i, n in enumerate("good fails dies leaks after".split(), 1)]
     assert card.select_one("h2").get_text() == "A good <one> & more" and not card.select("one, i")
     assert card.select_one("h2 a")["href"] == "01_good.html"
-    assert [pill.get_text() for pill in finished.page.select(".pill")] == ["ok", "FAILED", "FAILED", "FAILED", "ok"]
-    cells = [[cell.get_text() for cell in row.select("th, td")] for row in card.select("dd tr")]
+    assert texts(finished.page.select(".pill")) == ["ok", "FAILED", "FAILED", "FAILED", "ok"]
+    cells = [texts(row.select("th, td")) for row in card.select("dd tr")]
     assert cells == [["name", "model bytes"], ["<i>", "3.1 MB"], ["b", "10 Bytes"]]
     shown = [(pair.dt.get_text(), pair.dd.get_text()) for pair in card.select("dl div") if not pair.select("tr")]
     expected = [("epochs", "3"), ("validation loss", "0.123"), ("model bytes", "3.1 MB"), ("loop seconds", "1 min 5 s")]
@@ -200,26 +181,22 @@ def test_index_shows_titles_results_and_figures(finished):
     assert "2 of 5 ok" in header and f"Python {sys.version.split()[0]}" in header and "cores" in header
 
 
-def test_pages_are_whole_and_need_no_network(finished):
+def test_pages_are_whole_need_no_network_lead_on_and_say_what_made_them(finished):
     assert sorted(path.suffix for path in finished.output.iterdir()) == [".html"] * 6 + [".ipynb"] * 5
-    for path in finished.output.glob("*.html"):
-        page = soup(path)
-        assert not page.select("[src^=http], link[href], script[src]"), path
-        assert path.name == "index.html" or not page.select("script"), path
+    pages = {path.stem: soup(path) for path in finished.output.glob("*.html")}
+    for name, page in pages.items():
+        assert not page.select("[src^=http], link[href], script[src]"), name
+        assert name == "index" or not page.select("script"), name
         for link in page.select("a[href]"):
             target, _, anchor = link["href"].partition("#")
-            assert (path.parent / target).exists() if target else page.find(id=anchor), link
-    text = (finished.output / "01_good.html").read_text(encoding="utf-8")
+            assert (finished.output / target).exists() if target else page.find(id=anchor), link
+    text = pages["01_good"].get_text()
     assert '"epochs": 3' in text and "JSON object" not in text  # the results can be read
-
-
-def test_a_page_leads_on_and_says_what_made_it(finished):
-    page = soup(finished.output / "02_fails.html")
-    before, after = page.select_one("[rel=prev]"), page.select_one("[rel=next]")
-    assert (before["href"], after["href"]) == ("01_good.html", "03_dies.html")
-    nav = page.select_one("nav.contents").get_text()
+    before, after = (pages["02_fails"].select_one(f"[rel={way}]")["href"] for way in ("prev", "next"))
+    assert (before, after) == ("01_good.html", "03_dies.html")
+    nav = pages["02_fails"].select_one("nav.contents").get_text()
     assert "epochs = 3" in nav and f"Python {sys.version.split()[0]}" in nav
-    page = soup(finished.output / "05_after.html")
+    page = pages["05_after"]
     assert [link["href"] for link in page.select(".contents > a")] == ["#A-part-of-it"]
     assert page.select_one("math mfrac") and page.select_one("main > div a[href='01_good.html']")
     assert "the source" in page.get_text() and not page.select("a[href^='..']")
@@ -238,19 +215,16 @@ def test_the_index_fits_a_telephone(finished, tmp_path):
 
 def test_picks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, second, page = (
-        str(write(Path("notebooks"), f"{name}.ipynb").resolve()) for name in ("01_one", "02_two", "03a_x")
-    )
+    names = "01_one", "02_two", "03a_x"
+    first, second, page = known = [str(write(Path("notebooks"), f"{name}.ipynb").resolve()) for name in names]
     write(Path("notebooks"), "draft.ipynb")
-    elsewhere = str(write(tmp_path / "elsewhere", "mine.ipynb"))
-    assert run.pick([]) == [first, second, page]
+    elsewhere, same = (str(write(tmp_path / "elsewhere", name)) for name in ("mine.ipynb", "01_one.ipynb"))
+    assert run.pick([]) == known
     assert run.pick(["02", "01"]) == [second, first] and run.pick(["03"]) == run.pick(["03a"]) == [page]
     words = ["02_two", "02_two.ipynb", "notebooks/02_two.ipynb", elsewhere, "s3://b/x.ipynb"]
     assert run.pick(words) == [second, elsewhere, "s3://b/x.ipynb"]
-    with pytest.raises(ValueError, match="no notebook 07; there are: 01_one, 02_two"):
-        run.pick(["01", "07"])
     with pytest.raises(ValueError, match="same name"):
-        run.pick(["01", str(write(tmp_path / "elsewhere", "01_one.ipynb"))])
+        run.pick(["01", same])
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="no notebooks: none in"):
         run.pick([])
@@ -262,69 +236,47 @@ def test_what_cannot_run_is_said_in_a_line_and_nothing_is_written(tmp_path, monk
             run.main([*words])
         return stopped.value.code, capsys.readouterr().err.splitlines()[-1].partition("error: ")[2]
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run.storage, "connect", lambda: None)
-    write(Path("notebooks"), "01_one.ipynb", "#parameters\nbucket = 'b'\nseed = 1", "open('ran', 'w')")
-    assert refused("09") == (2, "no notebook 09; there are: 01_one")
-    for sweep in [], ["--sweep"]:
-        assert refused("01", "-p", "seed", "2", "-p", "epoch", "3", *sweep) == (
-            2,
-            "no parameter epoch in these notebooks; there are: bucket, seed",
-        )
-
     def connect():
         raise run.storage.StorageError("error: nothing answers")
 
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.storage, "connect", lambda: None)
+    write(Path("notebooks"), "01_one.ipynb", "#parameters\nbucket = 'b'\nseed = 1", "open('ran', 'w')")
+    assert refused("01", "07") == (2, "no notebook 07; there are: 01_one")
+    unknown = 2, "no parameter epoch in these notebooks; there are: bucket, seed"
+    for sweep in [], ["--sweep"]:
+        assert refused("01", "-p", "seed", "2", "-p", "epoch", "3", *sweep) == unknown
     monkeypatch.setattr(run.storage, "connect", connect)
     assert refused() == (1, "nothing answers")
     assert [path.name for path in tmp_path.rglob("*")] == ["notebooks", "01_one.ipynb"]
 
 
-def test_run_from_python(tmp_path, monkeypatch):
-    """connect() comes before the kernels; a file that is no notebook, or one that only leaks, is a failure as well."""
-    monkeypatch.setattr(run.storage, "connect", lambda: monkeypatch.setenv("AWS_ENDPOINT_URL", "http://from.connect"))
-    broken = tmp_path / "broken.ipynb"
-    broken.write_text("{")
-    asks = write(tmp_path, "asks.ipynb", "import os\nos.environ['AWS_ENDPOINT_URL']", "# Asks")
-    shows = write(tmp_path, "shows.ipynb", "import os\nos.environ['AWS_SECRET_ACCESS_KEY']")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    first, second, third = run.run_notebooks([broken, asks, shows], {}, tmp_path / "out")
-    assert (first.status, first.title) == ("FAILED", "") and "NotJSONError" in first.error
-    assert (second.status, second.title) == ("ok", "Asks") and second.seconds > 0
-    assert (third.status, third.error) == ("FAILED", "the notebook showed AWS_SECRET_ACCESS_KEY, replaced by ***")
-    assert outputs_of(tmp_path / "out" / "asks.ipynb") == "'http://from.connect'"
-    assert "broken.ipynb" in (tmp_path / "out" / "index.html").read_text()
-    with pytest.raises(ValueError, match="no parameter nothing"):
-        run.run_notebooks([asks], {"nothing": 1}, tmp_path / "never")
-    assert not (tmp_path / "never").exists()
-
-
-def test_interrupt_leaves_a_whole_page(tmp_path, environment):
-    notebooks, begun = tmp_path / "notebooks", tmp_path / "notebooks/begun"
-    write(notebooks, "01_done.ipynb", "# Done", "1")
+def test_an_interrupt_leaves_a_whole_page_and_no_kernel(embedded, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     slow = "import os, time\nprint(os.getpid(), file=open('begun', 'w'), flush=True)\ntime.sleep(300)"
-    write(notebooks, "02_slow.ipynb", "# Slow", "print('before', flush=True)", slow, "'after'")
-    write(notebooks, "03_never.ipynb", "# Never", "1")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its child
-    command, patience = [sys.executable, "-m", "helpers", "run"], time.monotonic() + 60
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            while not (begun.exists() and begun.read_text().strip()):
-                assert process.poll() is None and time.monotonic() < patience
-                time.sleep(0.1)
-            process.send_signal(signal.SIGINT)
-            printed, _ = process.communicate(timeout=30)
-        finally:
-            process.kill()
-    assert process.returncode == 130
+    write(Path("notebooks"), "02_slow.ipynb", "# Slow", "print('before', flush=True)", slow, "'after'")
+    write(Path("notebooks"), "03_never.ipynb", "# Never", "1")
+    Path("notebooks/01_broken.ipynb").write_text("{")
+    begun = tmp_path / "notebooks/begun"
+
+    def terminate():
+        while not (begun.exists() and begun.read_text().strip()):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)  # which does what Ctrl-C does
+
+    threading.Thread(target=terminate, daemon=True).start()
+    assert run.main([]) == 130
+    printed, output = capsys.readouterr().out, Path("runs/latest")
     assert "interrupted 02_slow.ipynb, In [2]: KeyboardInterrupt\n" in printed
-    assert "1 of 3 notebooks succeeded" in printed
-    with pytest.raises(ProcessLookupError):  # its kernel has ended as well
+    assert "FAILED 01_broken.ipynb, NotJSONError" in printed and "0 of 3 notebooks succeeded" in printed
+    with pytest.raises(ProcessLookupError):
         os.kill(int(begun.read_text()), 0)
-    output = tmp_path / "runs" / "latest"
     page = soup(output / "index.html")
-    assert [pill.get_text() for pill in page.select(".pill")] == ["ok", "interrupted"]
-    assert "1 of 3 ok" in page.select_one("header").get_text()
+    assert texts(page.select(".pill")) == ["FAILED", "interrupted"] and texts(page.select("h2")) == [
+        "01_broken",
+        "Slow",
+    ]
+    assert "0 of 3 ok" in page.select_one("header").get_text()
     assert outputs_of(output / "02_slow.ipynb") == "before\n" and (output / "02_slow.html").exists()
 
 
@@ -346,50 +298,34 @@ def test_hostile_names_and_widgets_do_nothing_in_the_html():
     assert not page.select("script, [onerror], [href^=javascript]")
     assert page.select_one("td strong").get_text() == "3" and len(page.select("th")) == 2 and page.select("pre")
     assert page.select("td")[1]["style"].replace(" ", "").startswith("text-align:right") and page.select("b a")
-    (frame,) = page.select("iframe")  # which may run its own script, and reach nothing outside
+    [frame] = page.select("iframe")  # which may run its own script, and reach nothing outside
     assert "allow-scripts" in frame["sandbox"] and "allow-same-origin" not in frame["sandbox"]
 
 
 def test_a_sweep_runs_each_combination_and_compares_them(tmp_path, monkeypatch):
+    """In kernels that see the S3 to which connect() led."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run.storage, "connect", lambda: None)
-    parameters = "#parameters\nrate = 1.0\nkind = 'x'\nrun = ''"
-    fails = SHOW + "if rate == 2 and kind == 'b': raise ValueError('diverged')"
-    shows = "display(JSON({'val_loss': rate / 8, 'kind': kind, 'run': run}))"
-    write(Path("notebooks"), "01_trains.ipynb", "# Trains", parameters, fails, shows)
-    write(Path("notebooks"), "02_other.ipynb", "# Other", "1")
-    Path("mine").mkdir()
-    Path("mine/report.html").write_text("all about it")
-    assert run.main(["-p", "rate", "1.0,2", "-p", "kind", "a,b", "-p", "run", str(tmp_path / "mine"), "--sweep"]) == 1
-    names = [path.name for path in sorted(Path("runs/latest").glob("*.ipynb"))]
-    assert names == [f"01_trains-0{i}.ipynb" for i in (1, 2, 3, 4)] + ["02_other.ipynb"]
+    monkeypatch.setattr(run.storage, "connect", lambda: monkeypatch.setenv("AWS_ENDPOINT_URL", "http://from.connect"))
+    fails = SHOW + "import os\nif rate == 2: raise ValueError('diverged')"
+    shows = "display(JSON({'val_loss': rate / 8, 's3': os.environ['AWS_ENDPOINT_URL'], 'run': run}))"
+    trains = write(tmp_path, "trains.ipynb", "# Trains", "#parameters\nrate = 1.0\nkind = 'x'\nrun = ''", fails, shows)
+    other = write(tmp_path, "other.ipynb", "# Other", "1")
+    planned = run.plan_runs([str(trains), str(other)], {"rate": [1.0, 2], "kind": ["a", "b"]}, sweep=True)
+    assert [outcome.name for outcome in planned] == [f"trains-0{i}.ipynb" for i in (1, 2, 3, 4)] + ["other.ipynb"]
+    assert [[*outcome.parameters.values()] for outcome in planned] == [[1.0, "a"], [1.0, "b"], [2, "a"], [2, "b"], []]
+    storage.write(tmp_path / "mine/report.html", b"all about it")
+    words = ["trains.ipynb", "-p", "rate", "1.0,2", "-p", "kind", "a", "-p", "run", f"{tmp_path}/mine", "--sweep"]
+    assert run.main(words) == 1
     page = soup(Path("runs/latest/index.html"))
-    rows = [[cell.get_text() for cell in row.select("td, th")] for row in page.select(".sweep tr")]
+    rows = [texts(row.select("td, th")) for row in page.select(".sweep tr")]
     assert [row[:3] + row[4:] for row in rows] == [
         ["run", "rate", "kind", "validation loss"],
-        ["01_trains-01", "1.0", "a", "0.125"],
-        ["01_trains-02", "1.0", "b", "0.125"],
-        ["01_trains-03", "2", "a", "0.25"],
-        ["01_trains-04 FAILED", "2", "b", ""],
+        ["trains-01", "1.0", "a", "0.125"],
+        ["trains-02 FAILED", "2", "a", ""],
     ]
-    assert len(page.select("article")) == 5
-    report = page.select("article")[1].select_one("a[href$='_report.html']")["href"]  # of its run, put beside the page
+    assert len(page.select("article")) == 2 and "http://from.connect" in page.get_text()
+    report = page.select_one("article a[href$='_report.html']")["href"]  # of its run, put beside the page
     assert Path("runs/latest", report).read_text() == "all about it"
-
-
-def test_a_progress_bar_is_one_output_under_papermills_own_command(tmp_path):
-    write(
-        tmp_path,
-        "loops.ipynb",
-        "import io\nfrom contextlib import redirect_stdout\nfrom helpers import storage\n"
-        "with storage.progress(5, 'a loop') as bar:\n    for i in range(5):\n        bar.update()\n"
-        "        bar.refresh()\n        if i == 2: print('in between')\n"
-        "        with redirect_stdout(io.StringIO()), storage.progress(2, 'silenced') as other: other.update()",
-    )
-    options = dict(kernel_manager_class=run.OwnKernel, progress_bar=False, cwd=tmp_path)
-    bar, said = papermill.execute_notebook(tmp_path / "loops.ipynb", None, **options).cells[0].outputs
-    assert "a loop: 100%" in bar.data["text/plain"] and "5.00/5.00" in bar.data["text/plain"]
-    assert said.text == "in between\n"
 
 
 def test_notebook_from_s3_to_s3_from_any_folder(embedded, tmp_path, monkeypatch, bucket):
