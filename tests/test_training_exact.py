@@ -18,8 +18,6 @@ import safetensors.torch
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
-from servers import free_port
-from servers.fault_proxy import fault_proxy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -27,16 +25,14 @@ from torchmetrics.classification import MulticlassAccuracy
 from helpers import storage, training
 from helpers.chapters import zips
 from helpers.callbacks import Checkpoint, state_from_safetensors, state_to_safetensors
-from helpers.training import Callback, CancelFit, TrainLoop
+from helpers.training import Callback, TrainLoop
+from loops import LAST, Call, at, cancel, fail, same, timeless
+from servers import free_port
+from servers.fault_proxy import fault_proxy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CRITERION = nn.CrossEntropyLoss()
-
-
-def same(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def noise(*shape, seed=0):
@@ -113,35 +109,28 @@ def plain_loop(model, data, size=8, **options):
     return TrainLoop(model, DataLoader(data, size), optimizer=optimizer, criterion=CRITERION, **options)
 
 
-def test_accumulated_gradients_are_those_of_the_large_batch():
+def test_accumulated_gradients_are_those_of_the_large_batch_and_a_number_of_steps_ends_within_an_epoch():
     data, model = TensorDataset(noise(40, 5), labels(40)), nn.Linear(5, 3)
     large = copy.deepcopy(model)
+    loop = plain_loop(model, data, 4, accumulate=4)
+    assert len(loop.fit(num_steps=13)) == 2 and loop.steps == 13 and loop.stepped
+    model.load_state_dict(large.state_dict())
     plain_loop(model, data, 4, accumulate=4).fit(2)  # of 10 batches: the last group has two
     plain_loop(large, data, 16).fit(2)
     for one, other in zip(model.parameters(), large.parameters()):
         torch.testing.assert_close(one, other)
 
 
-def test_fit_for_so_many_steps_ends_within_an_epoch_and_goes_on_from_there():
-    loop = plain_loop(nn.Linear(5, 3), TensorDataset(noise(40, 5), labels(40)), 4)
-    assert len(loop.fit(num_steps=13)) == 2 and loop.steps == 13
-    loop.fit(num_steps=1)
-    assert loop.steps == 14
-
-
 def test_only_the_random_state_of_ones_own_gpu_is_kept(monkeypatch):
     """As on a machine with two GPUs, one of which is this process's; it is continued on a machine without any."""
-    own = torch.arange(16, dtype=torch.uint8)
-    loop, again = trainee(), trainee()
+    own, loop, again = torch.arange(16, dtype=torch.uint8), trainee(), trainee()
     loop.fit(1)
     with monkeypatch.context() as two_gpus:
-        two_gpus.setattr(torch.cuda, "is_available", lambda: True)
         two_gpus.setattr(torch.cuda, "get_rng_state", lambda *device: own)
         two_gpus.setattr(torch.cuda, "get_rng_state_all", lambda: [own, own])
         loop.random = training._random_sources(torch.device("cuda"), loop.train_loader, loop.val_loader)
         state = state_from_safetensors(state_to_safetensors(loop.state_dict()))
-    [process] = state["processes"]
-    assert torch.equal(process["random"]["cuda"], own)
+    assert torch.equal(state["processes"][0]["random"]["cuda"], own)
     del loop.random["cuda"]
     loop.fit(1)
     again.load_state_dict(state)
@@ -159,13 +148,10 @@ def test_bf16_trains_with_weights_in_full_precision():
 
 
 def test_fp16_shows_gradients_unscaled_and_leaves_out_a_step_beyond_its_range_with_the_schedule():
-    class Notes(Callback):
-        def after_backward(self, loop):
-            norms.append(nn.utils.get_total_norm([weight.grad for weight in loop.weights]).item())
-
-        def after_step(self, loop):
-            moves.append((loop.stepped, loop.scheduler.last_epoch))
-
+    notes = Call(
+        after_backward=lambda loop: norms.append(nn.utils.get_total_norm([w.grad for w in loop.weights]).item()),
+        after_step=lambda loop: moves.append((loop.stepped, loop.scheduler.last_epoch)),
+    )
     data, start, found = TensorDataset(100 * noise(16, 5), labels(16)), nn.Linear(5, 3), []
     for scale in None, 1024.0, 3e38:  # with the last one, gradients are beyond float32, as large ones are beyond fp16
         model, norms, moves = copy.deepcopy(start), [], []
@@ -173,7 +159,7 @@ def test_fp16_shows_gradients_unscaled_and_leaves_out_a_step_beyond_its_range_wi
         loop.scheduler = torch.optim.lr_scheduler.StepLR(*loop.optimizers, 1000)
         if scale:
             loop.scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=1e-9)
-        loop.fit(1, [Notes()])
+        loop.fit(1, [notes])
         found.append((model, norms))
     assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1] and not same(found[0][0], model)
     assert not math.isfinite(norms[0]) and moves == [(False, 0), (True, 1)]
@@ -219,12 +205,9 @@ def trainee(own_generator=True):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(5) if own_generator else None
     train, val = DataLoader(Augmented(), 4, shuffle=True, generator=generator), DataLoader(Augmented(), 8)
-    scheduler, metrics = (
-        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, 4 * 6),
-        {"accuracy": MulticlassAccuracy(3)},
-    )
-    options = dict(criterion=CRITERION, accumulate=2, scheduler=scheduler, metrics=metrics)
-    return TrainLoop(model, train, val, optimizer=optimizer, **options)
+    schedule, metrics = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, 4 * 6), {"accuracy": MulticlassAccuracy(3)}
+    options = dict(optimizer=optimizer, criterion=CRITERION, scheduler=schedule, metrics=metrics)
+    return TrainLoop(model, train, val, accumulate=2, **options)
 
 
 class Steps(Callback):
@@ -238,16 +221,11 @@ class Steps(Callback):
         os.write(1, b"step\n")
 
 
-def outcome(loop):
-    """Weights and history, the times left out."""
-    return loop.model, [{name: value for name, value in row.items() if "second" not in name} for row in loop.history]
-
-
 def test_training_taken_up_at_any_step_ends_as_if_it_had_never_stopped(tmp_path):
     whole = trainee()
     whole.fit(4)
     trainee().fit(4, [Checkpoint(str(tmp_path), every=1, keep=99)])
-    for stop in 43, 33, 24, 11, 10, 2:  # within an epoch, in its last step and at its end, the last one first
+    for stop in 43, 33, 10, 2:  # within an epoch, in its last step and at its end, the last one first
         for path in tmp_path.glob("step_*"):
             if int(path.name.split("_")[1]) > stop:
                 path.unlink()
@@ -255,15 +233,15 @@ def test_training_taken_up_at_any_step_ends_as_if_it_had_never_stopped(tmp_path)
         torch.manual_seed(99)  # whatever was drawn before makes no difference
         again.fit(4, [Checkpoint(str(tmp_path), every="end", keep=99), (steps := Steps())])
         assert steps.seen[0] == stop + 1 and len(steps.seen) == 44 - stop
-        assert same(outcome(again)[0], outcome(whole)[0]) and outcome(again)[1] == outcome(whole)[1]
+        assert same(again.model, whole.model) and timeless(again.history) == timeless(whole.history)
 
 
 def test_training_killed_again_and_again_ends_as_if_it_had_not(fork, tmp_path):
     whole = trainee()
-    whole.fit(4)
+    whole.fit(3)
     url, environment = "s3://killed/checkpoints", storage.serve(tmp_path / "s3")
     (tmp_path / "s3/killed").mkdir()
-    for begun in 3, 9, 14, 0:  # after so many steps it dies, most likely while the last one is being saved
+    for begun in 9, 14, 0:  # after so many steps it dies, most likely while the last one is being saved
         [number], said = fork([environment], "train", url, str(tmp_path))
         for _ in range(begun):
             assert said.readline() == "step\n"
@@ -272,7 +250,7 @@ def test_training_killed_again_and_again_ends_as_if_it_had_not(fork, tmp_path):
         assert codes(said) == [-signal.SIGKILL if begun else 0]
     weights = load_file(tmp_path / "weights.safetensors")
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.model.state_dict().items())
-    assert json.loads((tmp_path / "history.json").read_text()) == outcome(whole)[1]
+    assert json.loads((tmp_path / "history.json").read_text()) == timeless(whole.history)
 
 
 def test_a_local_checkpoint_killed_while_it_is_written_leaves_the_last_whole_one(fork, tmp_path):
@@ -296,38 +274,26 @@ def test_a_local_checkpoint_killed_while_it_is_written_leaves_the_last_whole_one
 
 
 def test_an_error_within_a_step_leaves_nothing_that_changes_the_training_when_it_is_taken_up(tmp_path):
-    class Fail(Callback):
-        def after_backward(self, loop):
-            if loop.steps == 5:
-                raise KeyboardInterrupt
-
     whole = trainee()
     whole.fit(2)
     broken = trainee()
-    with pytest.raises(KeyboardInterrupt):
-        broken.fit(2, [Checkpoint(str(tmp_path), every=1), Fail()])
+    with pytest.raises(ZeroDivisionError):
+        broken.fit(2, [Checkpoint(str(tmp_path), every=1), Call(after_backward=at(5, fail))])
     broken.history, broken.steps, broken.batch = [], 0, 0
     broken.fit(2, [Checkpoint(str(tmp_path), every=1)])
     assert same(broken.model, whole.model)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_newest_are_kept(tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_and_those_that_a_kill_left_behind_go(tmp_path):
     trainee().fit(2, [Checkpoint(str(tmp_path), every=3, keep=3)])
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert len(names) == 3 and names[-1] == "step_000000022_000000000.safetensors"
-    newest = tmp_path / names[-1]
+    *names, newest = sorted(tmp_path.iterdir())
+    assert len(names) == 2 and newest.name == "step_000000022_000000000.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     loop = trainee()
-    assert len(loop.fit(2, [Checkpoint(str(tmp_path))])) == 2  # taken up from the one before
-    assert loop.steps == 22
-
-
-def test_checkpoints_that_a_kill_left_behind_go_when_training_is_taken_up_with_or_without_a_step_left(tmp_path):
-    for epochs in 2, 1:
-        url = str(tmp_path / str(epochs))
-        trainee().fit(epochs, [Checkpoint(url, every=3, keep=99)])
-        trainee().fit(2, [Checkpoint(url, every="end", keep=1)])
-        assert [path.name for path in Path(url).iterdir()] == ["step_000000022_000000000.safetensors"]
+    assert len(loop.fit(2, [Checkpoint(str(tmp_path), keep=3)])) == 2 and loop.steps == 22  # from the one before
+    for epochs in 2, 3:  # with no step left, and with some
+        trainee().fit(epochs, [Checkpoint(str(tmp_path), every="end", keep=1)])
+        assert [path.name for path in tmp_path.iterdir()] == [f"step_{11 * epochs:09d}_000000000.safetensors"]
 
 
 def test_any_state_is_packed_without_a_pickle():
@@ -364,7 +330,7 @@ def test_two_processes_train_and_measure_as_one_with_twice_the_batch(both):
     (weights, one), (others, two) = both
     for name in weights:  # those of adversaries with two optimizers, too
         torch.testing.assert_close(weights[name], others[name])
-    assert one["row"] == pytest.approx(two["row"], rel=1e-5) and one["row"]["val_count"] == 41  # not divided by two
+    assert one["row"] == pytest.approx(two["row"], rel=1e-5)
     assert one["moves"] == two["moves"] == 3 * 4  # of a scheduler given to TrainLoop; 8 batches, accumulated by two
     assert one["predicted"] == two["predicted"] == list(range(41))  # in the order of the loader
     assert one["drawn"] == two["drawn"] == list(range(44))  # each process its part
@@ -395,27 +361,12 @@ def test_training_goes_on_with_as_many_processes_only(tmp_path):
         trainee().fit(1, [Checkpoint(str(tmp_path))])
 
 
-class Count(MulticlassAccuracy):
-    """The number of samples that were seen."""
-
-    def __init__(self):
-        super().__init__(3)
-        self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, outputs, targets):
-        self.seen += len(targets)
-
-    def compute(self):
-        return self.seen
-
-
 def train(url, folder):
     storage.connect()
     loop = trainee()
-    loop.fit(4, [Checkpoint(url, every=1), Steps()])
-    model, history = outcome(loop)
-    save_file(model.state_dict(), Path(folder) / "weights.safetensors")
-    (Path(folder) / "history.json").write_text(json.dumps(history))
+    loop.fit(3, [Checkpoint(url, every=1), Steps()])
+    save_file(loop.model.state_dict(), Path(folder) / "weights.safetensors")
+    (Path(folder) / "history.json").write_text(json.dumps(timeless(loop.history)))
 
 
 LARGE = 12 * 2**20  # bytes of a state whose writing takes long enough to be killed within
@@ -448,25 +399,13 @@ def train_and_measure(factor, folder):
 
     torch.manual_seed(0)
     net, gan, layer = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), Adversaries(), nn.Linear(5, 3)
-    loop = TrainLoop(
-        net,
-        loader(noise(64, 5), labels(64)),
-        loader(noise(41, 5, seed=3), labels(41)),
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        criterion=CRITERION,
-        metrics={"accuracy": MulticlassAccuracy(3), "count": Count()},
-    )
-    row = {name: value for name, value in loop.fit(3)[-1].items() if "second" not in name}
+    train, val = loader(noise(64, 5), labels(64)), loader(noise(41, 5, seed=3), labels(41))
+    metrics, optimizer = {"accuracy": MulticlassAccuracy(3)}, torch.optim.SGD(net.parameters(), lr=0.1)
+    loop = TrainLoop(net, train, val, optimizer=optimizer, criterion=CRITERION, metrics=metrics)
+    row = timeless(loop.fit(3))[-1]
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (gan.discriminator, gan.generator)]
     pairs, criterion = loader(noise(16, 4), noise(16, 2, seed=1), size=4), nn.BCEWithLogitsLoss()
     TrainLoop(gan, pairs, optimizer=optimizers, criterion=criterion, accumulate=2).fit(3)
-
-    class StopAt(Callback):
-        order = 99
-
-        def after_step(self, loop):
-            if loop.steps == stop:
-                raise CancelFit
 
     def one_of_two():
         loop = trainee(own_generator=False)  # 11 batches, 6 of them here when there are two processes
@@ -477,10 +416,10 @@ def train_and_measure(factor, folder):
     whole.fit(3)
     for stop in 3, 6, 7:
         url = f"{folder}/checkpoints_{stop}"
-        one_of_two().fit(3, [Checkpoint(url, every=1), StopAt()])
+        one_of_two().fit(3, [Checkpoint(url, every=1), Call(LAST, after_step=at(stop, cancel))])
         resumed = one_of_two()
         resumed.fit(3, [Checkpoint(url, every=1)])
-        equal = same(resumed.model, whole.model) and outcome(resumed)[1] == outcome(whole)[1]
+        equal = same(resumed.model, whole.model) and timeless(resumed.history) == timeless(whole.history)
         again[stop] = all(gather_object([equal]))
 
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
