@@ -468,7 +468,7 @@ def test_it_says_what_is_wrong_and_not_the_token(kind, tmp_path, monkeypatch, ca
 def models(tmp_path_factory):
     """The folder of two small models, whose base models are known, and of a CSV of jokes."""
     folder = tmp_path_factory.mktemp("models")
-    model, tokenizer = language.load_base("", PAIRS * 20, 24)
+    model, tokenizer = language.load_base("small", PAIRS * 20, 24)
     for name in ("minilm", "small"):
         model.config.base_model = name
         language.save(model, tokenizer, folder / f"jokes-{name}")

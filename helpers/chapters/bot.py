@@ -25,11 +25,9 @@ from helpers.chapters import joke_corpus
 
 LONGEST = 200, 1500  # characters of a question and of an answer: a message of Telegram takes 4,096
 
-
 class Table(peewee.Model):
     class Meta:
         database = peewee.DatabaseProxy()  # see connect
-
 
 class Joke(Table):
     """A joke as somebody was told it."""
@@ -40,7 +38,6 @@ class Joke(Table):
     question = peewee.TextField()
     answer = peewee.TextField()
     told = peewee.DoubleField(default=time.time)  # seconds since 1970
-
 
 class Vote(Table):
     """What a person thinks of a joke."""
@@ -106,13 +103,11 @@ def cut(text, limit):
     """At most `limit` characters of a text, without half characters and zero bytes, which databases refuse."""
     return text.encode(errors="ignore").decode().replace("\0", "")[:limit]
 
-
 def record(source, question, answer, asked=False):
     """Keep a joke that is told now, and whether it answers a question; returns the Joke, whose id takes votes."""
     with connection():
         question, answer = cut(question, LONGEST[0]), cut(answer, LONGEST[1])
         return Joke.create(source=source, asked=asked, question=question, answer=answer)
-
 
 def vote(joke, person, liked):
     """A person likes the joke of this id or not, whatever they said before; returns the Joke, None if there is none."""
@@ -167,7 +162,6 @@ def load_sources(urls, **sampling):
 
 class Busy(Exception):
     """What to say politely to somebody who gets no joke right now."""
-
 
 class Queue:
     """Requests that wait, at most `limit`, and `stock` whole jokes of each source that are ready to be told."""
@@ -276,7 +270,6 @@ class JokeBot:
         self.worker.join()
 
 THANKS = "Thank you for your feedback"
-
 
 def as_html(joke, mark=""):
     """A joke in the HTML of Telegram; with the mark of a vote, thanks for it."""

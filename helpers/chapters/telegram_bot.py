@@ -20,7 +20,6 @@ from helpers.chapters import bot
 HELP = ("I tell jokes. /joke for one, or write a question to me and I will answer it.\n"
         "Then tell me with 👍 or 👎 what you think of it; you can change your mind.")
 
-
 async def explain(update, context):
     await update.effective_message.reply_text(HELP)
 
@@ -80,7 +79,6 @@ def readable(update):
     except Exception as error:  # KeyError, TypeError, AttributeError, …
         logging.getLogger(__name__).warning("an update is left out: %r", error)
         return {"update_id": update["update_id"]}
-
 
 class Updates(HTTPXRequest):
     """The requests for updates, each of which the library can read."""
