@@ -198,9 +198,7 @@ class Checkpoint(Callback):
             except safetensors.SafetensorError:  # truncated, where writes are not atomic: take the one before
                 names.pop()
                 continue
-            before = loop.steps
             loop.load_state_dict(state)
-            loop.bar.update(loop.steps - before)
             self._delete_old(loop, names)  # training may have been killed before it did so
             break
 

@@ -148,13 +148,14 @@ class TrainLoop:
         if self.train_loader is None or not self.optimizers or not (num_epochs or num_steps):
             raise ValueError("Training takes a train_loader and an optimizer, and fit a num_epochs or num_steps.")
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
-        self.num_epochs, self.num_steps = num_epochs, num_steps
+        self.num_epochs, self.num_steps, begun = num_epochs, num_steps, self.steps
         self.last_step = self.steps + num_steps if num_steps else math.inf
         last_epoch = len(self.history) + num_epochs if num_epochs else math.inf
         with progress(self.total_steps, "training", "batch") as self.bar:
             try:
                 with suppress(CancelFit):
                     self._call("before_fit")
+                    self.bar.update(self.steps - begun)  # more when it continues from a checkpoint
                     self.bar.total = None if self.total_steps == math.inf else self.total_steps  # may be shorter now
                     while len(self.history) < last_epoch and self.steps < self.last_step:
                         self.epoch = len(self.history) + 1

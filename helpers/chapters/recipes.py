@@ -22,8 +22,7 @@ import boto3
 import torch
 from botocore.exceptions import BotoCoreError, ClientError
 from IPython.display import HTML
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+from torchmetrics import CatMetric
 
 from helpers import storage
 from helpers.callbacks import column, state_from_safetensors, state_to_safetensors
@@ -154,20 +153,16 @@ class TerminateOnNaN(Callback):
                       "ClipGradients(norm=1), or look for NaN and infinite values in the data.")
         raise CancelFit
 
-class PredictedClasses(Metric):
+class PredictedClasses(CatMetric):
     """How many different classes are predicted: 1 when a classifier has collapsed."""
-
-    def __init__(self):
-        super().__init__()
-        self.add_state("classes", [], dist_reduce_fx="cat")
 
     def update(self, outputs, targets):
         """outputs: logits (samples, classes, …), or one per sample, (samples,) or (samples, 1), for two classes."""
         binary = outputs.ndim == 1 or outputs.shape[1] == 1
-        self.classes.append(((outputs > 0).long() if binary else outputs.argmax(1)).unique())
+        super().update(((outputs > 0) if binary else outputs.argmax(1)).unique())
 
     def compute(self):
-        return torch.tensor(dim_zero_cat(self.classes).unique().numel())
+        return torch.tensor(super().compute().unique().numel())
 
 
 class ConstantPrediction(Callback):
@@ -265,16 +260,15 @@ class KeepBest(Callback):
         self.url, self.monitor, self.keep = str(url).rstrip("/"), monitor, keep
 
     def after_epoch(self, loop):
-        sign = 1 if smaller_is_better(self.monitor) else -1
         rows = [row for row in loop.history if math.isfinite(column(row, self.monitor))]
-        rows = sorted(rows, key=lambda row: sign * row[self.monitor])[:self.keep]
-        best = {row["epoch"]: f"epoch_{row['epoch']:05d}.safetensors" for row in rows}
-        if loop.epoch in best:
+        rows.sort(key=lambda row: row[self.monitor], reverse=not smaller_is_better(self.monitor))
+        best = [f"epoch_{row['epoch']:05d}.safetensors" for row in rows[:self.keep]]
+        if (newest := f"epoch_{loop.epoch:05d}.safetensors") in best:
             state = loop.state_dict()  # on every process
             if loop.accelerator.is_main_process:
-                storage.write(f"{self.url}/{best[loop.epoch]}", state_to_safetensors(state))
+                storage.write(f"{self.url}/{newest}", state_to_safetensors(state))
                 for name in storage.list_files(self.url):
-                    if re.fullmatch(r"epoch_\d+\.safetensors", name) and name not in best.values():
+                    if re.fullmatch(r"epoch_\d+\.safetensors", name) and name not in best:
                         storage.delete(f"{self.url}/{name}")
 
 
@@ -287,9 +281,7 @@ class StartFrom(Callback):
         self.url = url
 
     def before_fit(self, loop):
-        before = loop.steps
         loop.load_state_dict(state_from_safetensors(storage.read(self.url)))
-        loop.bar.update(loop.steps - before)
 
 def post_webhook(url, text):
     """Post {"text": text} as JSON. Raises OSError when it does not arrive."""
