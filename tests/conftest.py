@@ -96,12 +96,13 @@ def bucket():
     return f"test-{secrets.token_hex(6)}"
 
 
-@pytest.fixture
-def every(tmp_path):
+@pytest.fixture(scope="session")
+def every(tmp_path_factory):
     """every(n): a zip of every n-th of the leaves."""
 
+    @functools.cache
     def make(n):
-        path = tmp_path / "some_leaves.zip"
+        path = tmp_path_factory.mktemp("zip") / "some_leaves.zip"
         with (
             zipfile.ZipFile(storage.REPOSITORY / "data_samples/leaves.zip") as leaves,
             zipfile.ZipFile(path, "w") as some,

@@ -15,11 +15,14 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
 BY_NUMBER = {path.name.split("_")[0]: path for path in NOTEBOOKS}
 
 SERVER = """
-import json, os, socket, sys, threading
+import functools, json, os, socket, sys, threading
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
-import accelerate, matplotlib.figure, torch, torchmetrics.classification, torchvision, transformers
+import accelerate, boto3, botocore.loaders, botocore.session, torch, torchmetrics.classification, torchvision, transformers
+import matplotlib.pyplot, s3fs
 from ipykernel.kernelapp import launch_new_instance
 from helpers import callbacks, experiment, images, training
+botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)  # as in conftest.py
+boto3.Session().client("s3", "us-east-1")
 server, parent = socket.socket(socket.AF_UNIX), os.getppid()
 server.bind(sys.argv[1])
 server.listen()

@@ -7,11 +7,11 @@ import re
 import secrets
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import papermill
 import psutil
 import pytest
 
@@ -59,6 +59,18 @@ def test_a_notebook_is_as_a_reader_expects_it(path):
     assert max(len(cell.source.splitlines()) for cell in code if not cell.source.startswith("#| export")) <= 25
 
 
+SHORT = dict(epochs=2, transfer="")  # with every(6): a short way from a zip to predictions
+
+
+@pytest.fixture(scope="module")
+def whole(embedded_env, tmp_path_factory, every):
+    """A bucket that 01 to 03 have filled, and what is in it then."""
+    bucket = f"test-{secrets.token_hex(6)}"
+    with connected(embedded_env):
+        execute("01 02 03", tmp_path_factory.mktemp("whole"), bucket=bucket, dataset_zip=every(6), **SHORT)
+        return SimpleNamespace(bucket=bucket, contents=contents(bucket))
+
+
 def call(folder, *words):
     """A command of the environment's in a folder; fails with what it said."""
     command = [Path(sys.executable).with_name(words[0]), *map(str, words[1:])]
@@ -66,44 +78,23 @@ def call(folder, *words):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The parameters of a short way from a zip to predictions, but for the bucket."""
-    path = tmp_path_factory.mktemp("zip") / "some_leaves.zip"
-    with zipfile.ZipFile(ROOT / "data_samples/leaves.zip") as leaves, zipfile.ZipFile(path, "w") as some:
-        for name in leaves.namelist()[::6]:
-            some.writestr(leaves.getinfo(name), leaves.read(name))
-    return {"dataset_zip": str(path), "epochs": 2, "transfer": ""}
-
-
-@pytest.fixture(scope="module")
-def whole(embedded_env, tmp_path_factory, small):
-    """A bucket that 01 to 03 have filled, by papermill's own command and nbconvert, each from another folder."""
-    bucket, folder = f"test-{secrets.token_hex(6)}", tmp_path_factory.mktemp("whole")
-    options = [word for name, value in (small | {"bucket": bucket}).items() for word in ("-p", name, value)]
-    with connected(embedded_env):
-        call(ROOT, "papermill", "notebooks/01_bucket_setup.ipynb", folder / "01.ipynb", *options)
-        call(ROOT / "notebooks", "papermill", "02_train_cnn_from_s3.ipynb", folder / "02.ipynb", *options)
-        call(ROOT, "papermill", "--prepare-only", BY_NUMBER["03"], folder / "03.ipynb", *options)
-        call(folder, "jupyter", "nbconvert", "--execute", "--to", "notebook", "03.ipynb", "--output", "executed.ipynb")
-        return SimpleNamespace(bucket=bucket, folder=folder, contents=contents(bucket))
-
-
-def test_from_any_folder_and_by_any_tool_it_is_the_same(whole, moto_env, tmp_path, bucket, small):
-    assert run.read_results(whole.folder / "executed.ipynb")["images"] == 15
-    training = nbformat.read(whole.folder / "02.ipynb", as_version=4)
-    bars = [cell.outputs for cell in training.cells if cell.cell_type == "code" and "loop.fit(" in cell.source]
-    assert bars and all(len(outputs) < 4 for outputs in bars), "a progress bar is one output"
-    options = [word for name, value in (small | {"bucket": bucket}).items() for word in ("-p", name, value)]
+def test_from_any_folder_and_by_any_tool_it_is_the_same(whole, moto_env, tmp_path, bucket, every):
     with connected(moto_env):
+        notebooks = f"s3://{bucket}-notebooks"
         storage.create_bucket(f"{bucket}-notebooks")
-        storage.write(f"s3://{bucket}-notebooks/01.ipynb", BY_NUMBER["01"].read_bytes())
-        call(tmp_path, "papermill", f"s3://{bucket}-notebooks/01.ipynb", f"s3://{bucket}-notebooks/out.ipynb", *options)
-        for number in "02", "03":
-            call(tmp_path, "papermill", "--prepare-only", BY_NUMBER[number], f"{number}.ipynb", *options)
-        call(tmp_path, "pytest", "-p", "no:cacheprovider", "--nbmake", "02.ipynb", "03.ipynb")
-        executed = nbformat.reads(storage.read(f"s3://{bucket}-notebooks/out.ipynb").decode(), as_version=4)
+        storage.write(f"{notebooks}/01.ipynb", BY_NUMBER["01"].read_bytes())
+        options = "-p", "bucket", bucket, "-p", "dataset_zip", every(6)
+        call(tmp_path, "papermill", f"{notebooks}/01.ipynb", f"{notebooks}/out.ipynb", *options)
+        executed = nbformat.reads(storage.read(f"{notebooks}/out.ipynb").decode(), as_version=4)
         assert run.read_results(executed)["train"] == 70
+        for number, options in ("02", SHORT), ("03", {}):
+            options = options | {"bucket": bucket}
+            papermill.execute_notebook(BY_NUMBER[number], tmp_path / f"{number}.ipynb", options, prepare_only=True)
+        call(tmp_path, "jupyter", "nbconvert", "--execute", "--to", "notebook", "--inplace", "02.ipynb")
+        training = nbformat.read(tmp_path / "02.ipynb", as_version=4)
+        bars = [cell.outputs for cell in training.cells if cell.cell_type == "code" and "loop.fit(" in cell.source]
+        assert any(bars) and all(len(outputs) < 4 for outputs in bars), "a progress bar is one output"
+        call(tmp_path, "pytest", "-p", "no:cacheprovider", "--nbmake", "03.ipynb")
         record = {"leaves/split.json": None}  # ETags of this server stand in it
         assert contents(bucket) | record == whole.contents | record
 
@@ -161,14 +152,14 @@ def test_real_photos(embedded, tmp_path, bucket):
     assert results["test_accuracy"] >= 0.65
 
 
-def test_a_local_folder_is_predicted_too_and_another_split_is_refused(embedded, tmp_path, whole, small):
+def test_a_local_folder_is_predicted_too_and_another_split_is_refused(embedded, tmp_path, whole, every):
     names = list(storage.objects(f"s3://{whole.bucket}/leaves/test"))[::2]
     for name in names:
         storage.write(tmp_path / "mine" / name, storage.read(f"s3://{whole.bucket}/leaves/test/{name}"))
     assert execute("03", tmp_path, bucket=whole.bucket, test_url=str(tmp_path / "mine"))["images"] == len(names) > 5
 
     before = storage.objects(f"s3://{whole.bucket}/leaves")
-    options = dict(bucket=whole.bucket, dataset_zip=small["dataset_zip"], split="80/10/10")
+    options = dict(bucket=whole.bucket, dataset_zip=every(6), split="80/10/10")
     [outcome] = try_to_run("01", options, tmp_path / "again")
     assert outcome.status == "FAILED" and "is split already, with other ratios" in outcome.error
     assert storage.objects(f"s3://{whole.bucket}/leaves") == before  # nor is anything uploaded again
@@ -189,10 +180,9 @@ def kill_the_kernel():
                 process.kill()
 
 
-def test_a_server_that_fails_all_the_time_and_a_kernel_killed_in_the_middle(embedded, tmp_path, bucket, small, whole):
+def test_a_server_that_fails_all_the_time_and_a_kernel_killed_in_the_middle(embedded, tmp_path, bucket, every, whole):
     """On a server that cannot copy either, and killed while it trains: in the end all is as if nothing had been."""
     faults, seen = dict(slow_down_every=5, reset_every=11, truncate_every=7, no_copy=True), set()
-    options = dict(bucket=bucket, dataset_zip=small["dataset_zip"], epochs=2, transfer="")
     with (
         fault_proxy(embedded["AWS_ENDPOINT_URL"], **faults) as proxy,
         connected(embedded | {"AWS_ENDPOINT_URL": proxy.url}),
@@ -205,10 +195,10 @@ def test_a_server_that_fails_all_the_time_and_a_kernel_killed_in_the_middle(embe
                     kill_the_kernel()
 
         proxy.on_request = look
-        first, second = try_to_run("01 02", options, tmp_path / "killed")
+        first, second = try_to_run("01 02", dict(bucket=bucket, dataset_zip=every(6), **SHORT), tmp_path / "killed")
         assert (first.status, second.status) == ("ok", "FAILED") and "DeadKernelError" in second.error
         names = storage.objects(f"s3://{bucket}")
         assert any("/checkpoints/step_" in name for name in names) and not any("models/" in name for name in names)
-        execute("02 03", tmp_path, bucket=bucket, epochs=2, transfer="")
+        execute("02 03", tmp_path, bucket=bucket, **SHORT)
         assert min(proxy.slow_downs, proxy.resets, proxy.truncations) > 10 and proxy.copies_refused
         assert contents(bucket) == whole.contents
