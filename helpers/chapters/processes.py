@@ -2,16 +2,16 @@
 
 """Execute notebooks on several processes, on one machine or more, by torchrun."""
 
-import json
 import logging
 import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 from functools import partial
 from pathlib import Path
+
+from papermill.s3 import S3
 
 from helpers import run as runner
 
@@ -19,8 +19,7 @@ def run_process(notebook, target, parameters, errors):
     """One of the processes that torchrun starts. An error goes to a file in the folder `errors`, named by the time."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(143))  # an exception: papermill then ends its kernel
-    logging.disable()
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    S3.s3_session = (None, None, None)  # papermill's: a fork has to open connections of its own
     rank = int(os.environ["RANK"])
     try:
         runner.run_papermill(notebook, None if rank else target, parameters)
@@ -30,43 +29,30 @@ def run_process(notebook, target, parameters, errors):
         Path(errors, str(time.time_ns())).write_text(message)
         sys.exit(1)
 
-
-def end_with_parent(parent):
-    """End this process when torchrun was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-CHILD = """import json, sys
-from helpers.chapters import processes
-processes.run_process(**json.loads(sys.argv[1]))"""
-
+def torchrun_options(processes, nodes=1, node_rank=0, rendezvous=None):
+    """The options of torchrun for so many processes on each of so many machines."""
+    host, _, port = (rendezvous or "").rpartition(":")
+    place = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"] if nodes == 1 else [
+        f"--nnodes={nodes}", f"--node-rank={node_rank}", f"--master-addr={host}", f"--master-port={port}"]
+    return [*place, f"--nproc-per-node={processes}", "--start-method=fork"]
 
 def first_error(folder, rank, failure):
     messages = [path.read_text() for path in sorted(Path(folder).iterdir())]
-    messages.sort(key=lambda text: "closed by peer" in text)  # others may notice before the process itself has ended
+    messages.sort(key=lambda text: "closed by peer" in text)
     return messages[0] if messages else (f"process {rank}: ended with exit code {failure.exitcode} "
                                          "(-9: killed, often for lack of memory)")
 
 
-def torchrun_options(processes, nodes=1, node_rank=0, rendezvous=None):
-    """The options of torchrun for so many processes on each of so many machines."""
-    host, _, port = (rendezvous or "").rpartition(":")
-    place = ["--standalone"] if nodes == 1 else [
-        f"--nnodes={nodes}", f"--node-rank={node_rank}", f"--master-addr={host}", f"--master-port={port}"]
-    return [*place, f"--nproc-per-node={processes}", "--no-python"]
-
 def run_on_processes(notebook, target, parameters, **options):
     """Like run_papermill, on several processes; options: of `torchrun_options`. Raises RunError: the first error."""
-    from torch.distributed import run as torchrun  # here: the processes, which import this module too, do without
+    from torch.distributed import launcher, run as torchrun  # here: a plain run starts without PyTorch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    config = torchrun.config_from_args(torchrun.parse_args([*torchrun_options(**options), "run_process"]))[0]
     with tempfile.TemporaryDirectory() as errors:
-        job = json.dumps(dict(notebook=str(notebook), target=target, parameters=parameters, errors=errors))
-        command = [*torchrun_options(**options), sys.executable, "-c", CHILD, job]
         try:
-            torchrun.run(torchrun.parse_args(command))
+            launcher.elastic_launch(config, run_process)(str(notebook), target, parameters, errors)
         except ChildFailedError as error:
             raise runner.RunError(first_error(errors, *error.get_first_failure())) from None
         except SignalException:
@@ -83,7 +69,7 @@ def choose_execution(given):
         raise ValueError(f"--processes is 0 or more, not {given.processes}")
     if given.processes == 1 and given.nodes == 1:
         return {}
-    from torch import cuda  # here: a plain run starts without PyTorch
+    from torch import cuda
 
     processes = given.processes or cuda.device_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // processes)))
