@@ -8,13 +8,13 @@ import pickle
 import random
 import tracemalloc
 from collections import Counter
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import sentencepiece
 import torch
 from accelerate.state import AcceleratorState
+from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
 from helpers import experiment, storage
@@ -31,16 +31,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = dict(vocab_size=300, buckets=20, width=16, attention_width=8, windows=(1, 3), feed_forward=32)
 SMALL |= dict(output_width=16, piece_dropout=0.0)
-TEXTS = [
-    "Good morning, how are you?",
-    "I am well, and you?",
-    "What is the capital of France?",
-    "Paris, of course.",
-    "Do you like to swim in the sea when it is cold outside, or do you wait for the summer?",
-    "Never.",
-    "why",
-    "Because the tea was hot, the cup was full and the table was small.",
-]
+TEXTS = """Good morning, how are you?
+I am well, and you?
+What is the capital of France?
+Paris, of course.
+Do you like to swim in the sea when it is cold outside, or do you wait for the summer?
+Never.
+why
+Because the tea was hot, the cup was full and the table was small.""".splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +81,8 @@ def write(url, rows):
 
 
 def records(count, first=0):
-    rows = [{"context": f"question {i} ?", "response": f"answer {i}"} for i in range(first, first + count)]
-    return [row | {"context/0": "before", "context/1": "before that", "subreddit": "topic"} for row in rows]
-
-
-# -------------------------------------------------------------------------------- the parts, against plain references
+    fixed = {"context/0": "before", "context/1": "before that", "subreddit": "topic"}
+    return [{"context": f"question {i} ?", "response": f"answer {i}"} | fixed for i in range(first, first + count)]
 
 
 def plain_attention(layer, text):
@@ -105,11 +100,6 @@ def plain_attention(layer, text):
     return torch.stack(rows)
 
 
-def plain_norm(x, norm):
-    mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
-    return (x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
-
-
 def plain_gelu(x):
     return x / (1 + (-1.702 * x).exp())
 
@@ -119,20 +109,15 @@ def plain_reading(model, row):
     first, second = (table.weight for table in model.positions)
     x = torch.stack([model.pieces.weight[id] + first[i % 47] + second[i % 11] for i, id in enumerate(row)])
     for block in model.blocks:
-        x = plain_norm(x + block.output(plain_attention(block.attention, x)), block.norm1)
-        inner = plain_gelu(x @ block.feed_forward1.weight.T + block.feed_forward1.bias)
-        x = plain_norm(x + inner @ block.feed_forward2.weight.T + block.feed_forward2.bias, block.norm2)
+        x = block.norm1(x + block.output(plain_attention(block.attention, x)))
+        x = block.norm2(x + block.feed_forward2(plain_gelu(block.feed_forward1(x))))
     return plain_attention(model.reduction, x).sum(0) / math.sqrt(len(row))
-
-
-def unit(x):
-    return x / x.pow(2).sum(-1, keepdim=True).sqrt()
 
 
 def plain_tower(tower, x):
     for layer, norm in zip(tower.layers, tower.norms):
-        x = plain_norm(x + plain_gelu(x @ layer.weight.T + layer.bias), norm)
-    return unit(x @ tower.output.weight.T + tower.output.bias)
+        x = norm(x + plain_gelu(layer(x)))
+    return normalize(tower.output(x), dim=1)
 
 
 def test_the_loss_and_its_gradients_equal_the_paper_written_plainly():
@@ -147,7 +132,7 @@ def test_the_loss_and_its_gradients_equal_the_paper_written_plainly():
     context, replies, extra = read("context"), read("reply"), read("extra")
     extra = torch.stack([extra[0], context[1], extra[2]])  # where there are no turns before, the last stands for them
     expected = 0
-    for contexts in (context, extra, unit(context + extra)):
+    for contexts in (context, extra, normalize(context + extra, dim=1)):
         scores = 4 * torch.sigmoid(model.similarity) * contexts @ replies.T
         targets = 0.2 / 3 + 0.8 * torch.eye(3)
         expected = expected - (targets * (scores.exp() / scores.exp().sum(1, keepdim=True)).log()).sum() / 9
@@ -163,9 +148,6 @@ def test_a_reply_that_the_batch_has_twice_is_not_pushed_away():
     model.encode = lambda batch: (contexts, replies)
     model.get_loss({"reply": torch.tensor([[7, 8, 0], [7, 8, 0], [7, 8, 9]])}).backward()
     assert replies.grad[0, 0] == replies.grad[1, 0] < 0 < replies.grad[2, 0]
-
-
-# --------------------------------------------------------------------------------------------------------- encodings
 
 
 def test_a_model_with_several_contexts_takes_texts_and_lists_of_turns(tokenizer):
@@ -213,21 +195,13 @@ def test_rare_pieces_count_for_more_at_first(tokenizer):
     assert rare[1] > rare[0] + 0.05 and common[1] < common[0] - 0.05
 
 
-def test_many_texts_are_encoded_in_their_order_and_evaluation_encodes_once(tokenizer):
+def test_many_texts_are_encoded_in_their_order_without_dropout(tokenizer):
     model = small(tokenizer=tokenizer, piece_dropout=0.5).train()
     texts = [f"{text} {i}" for i in range(80) for text in TEXTS] + [""]
     vectors = model.encode_reply(texts)
     assert model.training and not vectors.requires_grad and vectors.isfinite().all()
     assert torch.allclose(vectors[[0, 333, 639]], model.encode_reply([texts[i] for i in (0, 333, 639)]), atol=1e-5)
     assert model.encode_context([]).shape == (0, 16)
-    calls = []
-    model.towers["context"].register_forward_hook(lambda *_: calls.append(1))
-    loader = DataLoader(examples(20), 10, collate_fn=partial(collate, tokenizer=tokenizer))
-    TrainLoop(model, val_loader=loader, metrics=evaluation.retrieval()).evaluate(loader)
-    assert len(calls) == 2, "two batches"
-
-
-# --------------------------------------------------------------------------------------------------------- tokenizer
 
 
 @pytest.mark.parametrize("kind", ["tokenizers", "sentencepiece"])
@@ -249,17 +223,12 @@ def test_tokenizer_from_anywhere_hashes_what_it_does_not_know_and_cuts_long_text
         assert text.startswith("".join(tokenizer.pieces(text)).lstrip(" "))
 
 
-# -------------------------------------------------------------------------------------------------- saved, quantized
-
-
 def test_a_model_saved_to_s3_encodes_the_same_when_loaded(s3):
     model = small(multi_context=True).eval()
     convert.save(model, f"{s3}/models/plain")
     loaded = convert.load(f"{s3}/models/plain")
-    turns = [TEXTS[:3], TEXTS[4]]
-    assert torch.equal(loaded.encode_context(turns), model.encode_context(turns))
-    assert torch.equal(loaded.encode_reply(TEXTS), model.encode_reply(TEXTS))
-    assert loaded.config == model.config and not loaded.training
+    assert torch.equal(loaded.encode_context([TEXTS[:3], TEXTS[4]]), model.encode_context([TEXTS[:3], TEXTS[4]]))
+    assert same(loaded, model) and loaded.config == model.config and not loaded.training
     with pytest.raises(storage.NotFound, match="make run NOTEBOOKS=04"):
         convert.load(f"{s3}/models/none")
 
@@ -299,9 +268,6 @@ def test_the_paper_preset_quantized_takes_no_more_than_59_mb(tmp_path):
         Tokenizer(model.tokenizer.model, preset("tiny"))
 
 
-# -------------------------------------------------------------------------------------------------------------- data
-
-
 def test_lines_that_are_no_examples_are_counted(s3):
     bad = ["", "   ", "{not json", "[1, 2]", '{"response": "a"}', '{"context": "a"}', "\udcff"]
     bad += ['{"context": "", "response": "a"}', *('{"context": "a", "response": %s}' % each for each in ('"  "', 7))]
@@ -317,13 +283,13 @@ def test_lines_that_are_no_examples_are_counted(s3):
 
 
 def test_a_folder_of_files_is_read_whole_gzipped_ones_too(s3, tmp_path):
-    write(f"{s3}/folder/a.jsonl", records(5))
-    write(f"{s3}/folder/deep/b.json", records(5, 5))
-    storage.write(f"{s3}/folder/c.jsonl.gz", gzip.compress(json.dumps(records(1, 10)[0]).encode()))
-    storage.write(f"{s3}/folder/readme.txt", b"not this")
-    assert sorted(int(example["reply"].split()[1]) for example in Dialogues(f"{s3}/folder")) == list(range(11))
-    write(tmp_path / "local.jsonl", records(2))
-    assert len(list(Dialogues(tmp_path / "local.jsonl"))) == len(list(Dialogues(tmp_path))) == 2
+    for folder in (f"{s3}/folder", str(tmp_path)):
+        write(f"{folder}/a.jsonl", records(5))
+        write(f"{folder}/deep/b.json", records(5, 5))
+        storage.write(f"{folder}/c.jsonl.gz", gzip.compress(json.dumps(records(1, 10)[0]).encode()))
+        storage.write(f"{folder}/readme.txt", b"not this")
+        assert sorted(int(example["reply"].split()[1]) for example in Dialogues(folder)) == list(range(11))
+        assert len(list(Dialogues(f"{folder}/a.jsonl"))) == 5
     with pytest.raises(storage.NotFound, match="nothing"):
         Dialogues(f"{s3}/nothing")
 
@@ -342,11 +308,8 @@ def test_a_file_is_read_as_it_arrives_and_not_kept(tmp_path):
 
 def test_conversations_stay_whole_in_one_of_three_parts(tmp_path):
     write(tmp_path / "threads.jsonl", [row | {"thread_id": i // 4} for i, row in enumerate(records(4000))])
-    everything = Dialogues(tmp_path)
     parts = {split: list(Dialogues(tmp_path, split)) for split in ("train", "validation", "test")}
-    assert sorted(pair["reply"] for part in parts.values() for pair in part) == sorted(
-        pair["reply"] for pair in everything
-    ), "each in one part"
+    assert sum(map(len, parts.values())) == len({pair["reply"] for part in parts.values() for pair in part}) == 4000
     threads = {split: {pair["thread"] for pair in part} for split, part in parts.items()}
     assert sum(map(len, threads.values())) == 1000, "no thread in two"
     assert 80 < len(threads["test"]) < 120 and 35 < len(threads["validation"]) < 65
@@ -354,13 +317,11 @@ def test_conversations_stay_whole_in_one_of_three_parts(tmp_path):
     assert list(few) == parts["train"][:100] and sum(1 for share in (0, 1) for _ in few.read_share(share, 2)) == 100
 
 
-def test_each_process_and_worker_gets_as_many_batches_starting_again_where_its_share_is_short(
-    tmp_path, tokenizer, monkeypatch
-):
+def test_each_process_and_worker_gets_as_many_batches(tmp_path, tokenizer, monkeypatch):
     write(tmp_path / "uneven.jsonl", [{}] * 50 + records(50))
     dialogues = Dialogues(tmp_path / "uneven.jsonl")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    seen = []
+    seen = []  # by each process; whose share is short begins it again
     for process in range(2):
         monkeypatch.setenv("RANK", str(process))
         batches = pickle.loads(pickle.dumps(Batches(dialogues, tokenizer, 4, 60)))
@@ -376,16 +337,11 @@ def test_each_process_and_worker_gets_as_many_batches_starting_again_where_its_s
         list(Batches(Dialogues(tmp_path / "uneven.jsonl", limit=0), tokenizer, 4, 60))
 
 
-# ---------------------------------------------------------------------------------------------------------- training
-
-
 def make_loop(s3, **changes):
-    rows = [
-        {"context": (pair := examples(64)[i])["turns"][0], "context/0": "before?", "response": pair["reply"]}
-        for i in range(64)
-    ]
+    pairs = examples(64)
+    rows = [{"context": pair["turns"][0], "context/0": "before?", "response": pair["reply"]} for pair in pairs]
     write(f"{s3}/numbers.jsonl", rows)
-    tokenizer = train_tokenizer([row["response"] for row in rows], preset("tiny", **SMALL))
+    tokenizer = train_tokenizer([pair["reply"] for pair in pairs], preset("tiny", **SMALL))
     model = small(tokenizer=tokenizer, **changes)
     batches = Batches(Dialogues(f"{s3}/numbers.jsonl"), tokenizer, 8, 64, model.config.multi_context)
     merge = partial(collate, tokenizer=tokenizer, multi_context=model.config.multi_context)
@@ -395,12 +351,13 @@ def make_loop(s3, **changes):
 
 
 def test_training_cut_off_within_an_epoch_goes_on_exactly(s3):
-    checkpoint = partial(Checkpoint, f"{s3}/checkpoints", every=3)
     whole, cut_off, resumed = (make_loop(s3, piece_dropout=0.1) for _ in range(3))
-    for loop, callbacks in ((whole, []), (cut_off, [checkpoint(), Call(LAST, after_step=at(13, fail))])):
-        torch.manual_seed(5)
-        with pytest.raises(ZeroDivisionError) if callbacks else nullcontext():
-            loop.fit(3, callbacks=callbacks)
+    checkpoint = partial(Checkpoint, f"{s3}/checkpoints", every=3)
+    torch.manual_seed(5)
+    whole.fit(3)
+    torch.manual_seed(5)
+    with pytest.raises(ZeroDivisionError):
+        cut_off.fit(3, callbacks=[checkpoint(), Call(LAST, after_step=at(13, fail))])
     resumed.fit(3, callbacks=[checkpoint()])
     assert timeless(whole.history) == timeless(resumed.history) and same(whole.model, resumed.model)
 
@@ -409,9 +366,9 @@ def test_a_few_epochs_with_the_papers_optimizer_lower_the_loss_quantized_and_wit
     loop = make_loop(s3, multi_context=True, quantize=True)
     loop.optimizers = [torch.optim.Adadelta(loop.model.parameters(), lr=1.0, rho=0.9, weight_decay=1e-5)]
     clip = ClipGradients(norm=1, weights=list(loop.model.pieces.parameters()))
-    history = loop.fit(8, callbacks=[LearningRate("cosine", warmup=4), clip])
-    assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.1
-    assert {"val_loss", "val_recall@1", "val_recall@3", "val_recall@10", "val_mrr"} <= history[-1].keys()
+    first, *_, last = loop.fit(8, callbacks=[LearningRate("cosine", warmup=4), clip])
+    assert last["train_loss"] < first["train_loss"] - 0.1
+    assert {"val_loss", "val_recall@1", "val_recall@3", "val_recall@10", "val_mrr"} <= last.keys()
 
 
 def trained(size):
