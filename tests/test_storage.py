@@ -31,6 +31,7 @@ import pytest
 import trustme
 from papermill.iorw import load_notebook_node, papermill_io
 from servers import free_port, listening, wait_until
+from servers.embedded import cleaned
 from servers.fault_proxy import fault_proxy
 from servers.moto import OTHER_ETAGS
 from servers.moto import moto as moto_server
@@ -648,33 +649,32 @@ def get_with_s3fs(url):
 GETS = [get_with_boto3, get_with_obstore, get_with_s3fs]
 
 
-def test_nothing_answers_or_only_silence(moto_env, monkeypatch):
-    url = f"http://127.0.0.1:{free_port()}"
-    with refused("Nothing answers", url, "AWS_ENDPOINT_URL"):
-        connect(moto_env, AWS_ENDPOINT_URL=url)
+def test_connect_names_the_setting_that_is_wrong(embedded_env, moto_env, ceph_env):
+    """moto checks no keys."""
+    nowhere, wrong = f"http://127.0.0.1:{free_port()}", secrets.token_hex(20)
+    for env, name, value, said in [
+        (moto_env, "AWS_ENDPOINT_URL", nowhere, ["Nothing answers", nowhere]),
+        (moto_env, "AWS_ENDPOINT_URL", "localhost:9000", ["localhost:9000"]),
+        (moto_env, "AWS_PROFILE", "nobody", ["nobody"]),
+        (embedded_env, "AWS_ACCESS_KEY_ID", wrong, ["refuses the key", embedded_env["AWS_ENDPOINT_URL"]]),
+        (ceph_env, "AWS_SECRET_ACCESS_KEY", wrong, ["refuses the key", ceph_env["AWS_ENDPOINT_URL"]]),
+    ]:
+        with cleaned(), refused(name, *said):
+            connect({key: setting for key, setting in env.items() if "REGION" not in key} | {name: value})
+
+
+def test_silence_and_a_wrong_key_later_on_are_named(s3, monkeypatch):
+    os.environ["AWS_ACCESS_KEY_ID"] = secrets.token_hex(20)
+    storage.forget_connection()
+    for act in storage.buckets, lambda: storage.objects(s3), lambda: zips.upload(__file__, s3):
+        with refused(os.environ["AWS_ENDPOINT_URL"], "refuses the key"):
+            act()
     monkeypatch.setattr(storage, "SILENCE", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         os.environ.update(AWS_MAX_ATTEMPTS="2", AWS_ENDPOINT_URL=f"http://127.0.0.1:{silent.getsockname()[1]}")
         storage.forget_connection()
         with refused("Nothing answers"):
             storage.buckets()
-
-
-@pytest.mark.parametrize("wrong", [{"AWS_ENDPOINT_URL": "localhost:9000"}, {"AWS_PROFILE": "nobody"}])
-def test_a_setting_that_is_none_is_named(wrong, moto_env):
-    with refused(*wrong, *wrong.values()):
-        connect({name: value for name, value in moto_env.items() if "REGION" not in name} | wrong)
-
-
-@pytest.mark.parametrize(
-    "s3, name", [("embedded", "AWS_ACCESS_KEY_ID"), ("ceph", "AWS_SECRET_ACCESS_KEY")], indirect=["s3"]
-)  # moto checks no keys
-def test_a_wrong_key_is_refused(s3, name):
-    with refused(os.environ["AWS_ENDPOINT_URL"], "refuses the key", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        connect({name: secrets.token_hex(20)})
-    for act in storage.buckets, lambda: storage.objects(s3), lambda: zips.upload(__file__, s3):
-        with refused(os.environ["AWS_ENDPOINT_URL"], "refuses the key"):
-            act()
 
 
 @every
@@ -768,34 +768,35 @@ def test_everything_gets_through_all_faults_at_once(s3, small_parts, tmp_path, c
     assert storage.parse(s3)[0] not in storage.buckets()
 
 
-def killed(code, *arguments, requests):
-    """Run a process, and kill it at its n-th request to S3."""
-    code = "import sys\nfrom helpers.chapters import zips\n" + code
+def killed(code, *arguments, at):
+    """Run a process, and kill it at a request to S3: at(its number, "method path")."""
+    code = "import sys\nfrom helpers.chapters import zips\nzips.PART = 5 * 2**20\n" + code
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"], delay=0.002) as proxy:
         process = start(code, *arguments, env=aws() | {"AWS_ENDPOINT_URL": proxy.url}, stderr=subprocess.DEVNULL)
-        proxy.on_request = lambda number: number == requests and process.kill()
+        proxy.on_request = lambda number: at(number, proxy.latest) and process.kill()
         process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("requests", [45, 66])
 @moto
-def test_an_unzip_that_was_killed_is_completed(s3, requests, tmp_path):
-    """In the midst of the small ones, and of the parts of the large one."""
-    members = {f"cats/{i}.bin": random.randbytes(20_000) for i in range(60)} | {"cats/large": random.randbytes(26 * MB)}
+def test_an_unzip_that_was_killed_twice_is_completed(s3, tmp_path):
+    """In the midst of the small files, and then of the parts of the large one."""
+    members = {f"cats/{i}.bin": random.randbytes(2000) for i in range(60)} | {"cats/large": random.randbytes(11 * MB)}
     archive = zipped(tmp_path / "cats.zip", members)
-    killed("zips.unzip(*sys.argv[1:])", archive, s3, requests=requests)
-    assert 0 < len(listed(s3)) < 61
+    killed("zips.unzip(*sys.argv[1:])", archive, s3, at=lambda number, _: number == 15)
+    assert 0 < len(listed(s3)) < 60
+    killed("zips.unzip(*sys.argv[1:])", archive, s3, at=lambda _, request: "partNumber=2" in request)
+    assert len(listed(s3)) == 60
     zips.unzip(archive, s3)
     assert content(s3) == digests({f"raw/{name}": data for name, data in members.items()})
 
 
 def test_a_split_that_was_killed_is_completed(s3):
     for prefix in "ab":
-        put(f"{s3}/{prefix}/raw", images(cats=60, dogs=40))
+        put(f"{s3}/{prefix}/raw", images(cats=40, dogs=20))
     zips.split_classes(f"{s3}/a")
-    killed("zips.split_classes(sys.argv[1])", f"{s3}/b", requests=50)
-    assert 101 < len(listed(f"{s3}/b")) < 201
+    killed("zips.split_classes(sys.argv[1])", f"{s3}/b", at=lambda number, _: number == 15)
+    assert 61 < len(listed(f"{s3}/b")) < 121
     zips.split_classes(f"{s3}/b")
     assert content(f"{s3}/b") == content(f"{s3}/a")
 
@@ -803,18 +804,20 @@ def test_a_split_that_was_killed_is_completed(s3):
 def test_a_program_whose_store_has_died_ends_without_trying_again(tmp_path):
     """Requests in flight are tried again for 13 seconds while the program runs, and not after its end."""
     program = """
-import os, sys, time
-from helpers import images, storage
+import os, sys
+from concurrent.futures import ThreadPoolExecutor
+from helpers import storage
 os.environ |= storage.serve(sys.argv[1])
 storage.connect()
-batches = iter(images.loader(images.S3ImageFolder("s3://pictures/few", loader=bytes), 32))
-next(batches)
+storage.objects("s3://pictures")
 storage._servers[0].stdin.close()
-time.sleep(0.5)
+storage._servers[0].wait()
+pool = ThreadPoolExecutor(4)
+tried = [pool.submit(storage.objects, "s3://pictures") for _ in range(40)]
 print("main ends", flush=True)
 """
-    folder(tmp_path / "pictures/few", {f"a/{i}.png": b"x" * 1000 for i in range(600)})
-    with start(program, tmp_path) as child:
+    folder(tmp_path / "pictures", PETS)
+    with start(program, tmp_path, stderr=subprocess.DEVNULL) as child:
         assert any(line == "main ends\n" for line in child.stdout)
         try:
             assert child.wait(10) == 0
