@@ -10,7 +10,6 @@ parameter that does not exist, 130 when interrupted.
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import itertools
 import logging
@@ -21,6 +20,7 @@ import signal
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -38,6 +38,9 @@ from nbconvert.filters import strip_ansi
 from papermill.cli import _resolve_type as parse_value
 
 from helpers import storage
+
+
+PICTURES = ("image/png", "image/jpeg")
 
 
 class RunError(Exception):
@@ -99,33 +102,31 @@ def run_notebooks(notebooks, parameters, output, execute=run_papermill, sweep=Fa
     if output and "://" not in str(output):
         Path(output).mkdir(parents=True, exist_ok=True)
         if Path(output).parent.name == "runs":
-            with contextlib.suppress(OSError):  # a convenience, and not every system has links
+            with suppress(OSError):  # a convenience, and not every system has links
                 latest = Path(output).with_name("latest")
                 latest.unlink(missing_ok=True)
-                latest.symlink_to(Path(output).name, target_is_directory=True)
-    outcomes, started = [], time.monotonic()
-    try:
-        for outcome in planned:
-            outcomes.append(outcome)
-            try:
-                run_notebook(outcome, output, execute)
-            finally:  # after Ctrl-C too
-                if output:
-                    storage.write(f"{output}/index.html", render_index(outcomes, len(planned)).encode())
-    finally:
-        good = sum(outcome.status == "ok" for outcome in outcomes)
-        print(f"{good} of {len(planned)} notebooks succeeded, in {format_duration(time.monotonic() - started)}")
-        print(f"Results: {output}/index.html" if output else "Results are on the first machine.", flush=True)
-    return outcomes
+                latest.symlink_to(Path(output).name)
+    started, interrupt = time.monotonic(), None
+    for done, outcome in enumerate(planned, 1):
+        interrupt = run_notebook(outcome, output, execute)
+        if output:
+            storage.write(f"{output}/index.html", render_index(planned[:done], len(planned)).encode())
+        if interrupt:
+            break
+    good = sum(outcome.status == "ok" for outcome in planned)
+    print(f"{good} of {len(planned)} notebooks succeeded, in {format_duration(time.monotonic() - started)}")
+    print(f"Results: {output}/index.html" if output else "Results are on the first machine.", flush=True)
+    if interrupt:
+        raise interrupt
+    return planned
 
 
 def plan_runs(notebooks, parameters, sweep=False):
     """The Outcomes to be, with those of the parameters that each notebook has. ValueError for one that none has."""
     known = {notebook: papermill.inspect_notebook(notebook) if parameters else {} for notebook in notebooks}
-    names = set().union(*known.values())
-    if unknown := set(parameters) - names:
-        there = ", ".join(sorted(names)) or "none"
-        raise ValueError(f"no parameter {', '.join(sorted(unknown))} in these notebooks; there are: {there}")
+    there = sorted(set().union(*known.values()))
+    if unknown := ", ".join(sorted(set(parameters) - set(there))):
+        raise ValueError(f"no parameter {unknown} in these notebooks; there are: {', '.join(there) or 'none'}")
     outcomes = []
     for notebook in notebooks:
         own = {name: value for name, value in parameters.items() if name in known[notebook]}
@@ -139,29 +140,25 @@ def plan_runs(notebooks, parameters, sweep=False):
 
 
 def run_notebook(outcome, output, execute):
-    """Execute one notebook and note in `outcome` how it went. Raises nothing but KeyboardInterrupt."""
+    """Execute one notebook and note in `outcome` how it went. Raises nothing; returns the KeyboardInterrupt, if any."""
     target, started, error = output and f"{output}/{outcome.name}", time.monotonic(), None
     if not sys.stderr.isatty():  # there is no bar then, so say what runs
         print(f"{outcome.name.removesuffix('.ipynb')} ...", flush=True)
     try:
         execute(outcome.notebook, target, outcome.parameters)
         outcome.status = "ok"
-    except Exception as exception:  # an error in a cell, a dead kernel, a file that is not a notebook
-        outcome.status, error = "FAILED", exception
     except KeyboardInterrupt as exception:
         error = exception
-        raise
-    finally:
-        outcome.seconds = time.monotonic() - started
-        outcome.error = describe_error(error)[0] if error else ""
-        if target:
-            publish(outcome, target, error)
-        print(
-            f"{outcome.status:6} {outcome.name}, {outcome.error or format_duration(outcome.seconds)}",
-            *(f"       | {line}" for line in outcome.source.splitlines()),
-            sep="\n",
-            flush=True,
-        )
+    except Exception as exception:  # an error in a cell, a dead kernel, a file that is not a notebook
+        outcome.status, error = "FAILED", exception
+    outcome.seconds = time.monotonic() - started
+    outcome.error = describe_error(error)[0] if error else ""
+    if target:
+        publish(outcome, target, error)
+    print(f"{outcome.status:6} {outcome.name}, {outcome.error or format_duration(outcome.seconds)}", flush=True)
+    if outcome.source:
+        print(textwrap.indent(outcome.source, "       | ", lambda line: True), flush=True)
+    return error if outcome.status == "interrupted" else None
 
 
 def publish(outcome, target, error):
@@ -172,13 +169,17 @@ def publish(outcome, target, error):
             storage.write(target, text.encode())
         executed = nbformat.reads(text, as_version=4)
         outcome.error, outcome.source = describe_error(error, executed) if error else ("", "")
-        outcome.figures = find_figures(executed)
-        with contextlib.suppress(ValueError):  # a notebook without results is fine here
+        with suppress(ValueError):  # a notebook without results is fine here
             outcome.results = read_results(executed)
+        pictures = [(kind, data[kind]) for data in read_outputs(executed) for kind in PICTURES if kind in data]
+        urls = [f"data:{kind};base64,{''.join(picture.split())}" for kind, picture in pictures]
+        outcome.figures = urls[:1] + urls[1:][-1:]
         stem = target.removesuffix(".ipynb")
         storage.write(f"{stem}.html", render_page(outcome, executed).encode())
-        outcome.title = find_title(executed) or Path(outcome.name).stem
-        with contextlib.suppress(storage.StorageError, KeyError):  # the page about its experiment.Run, beside this one
+        text = "\n".join(cell.source for cell in executed.cells if cell.cell_type == "markdown")
+        heading = re.search(r"(?m)^#+ +(.+)$", text)
+        outcome.title = re.sub(r"[`*]", "", heading[1]) if heading else Path(outcome.name).stem
+        with suppress(storage.StorageError, KeyError):  # the page about its experiment.Run, beside this one
             url = outcome.results.get("run") or outcome.results["run_url"]
             storage.write(f"{stem}_report.html", storage.read(f"{url}/report.html"))
             outcome.report = True
@@ -198,8 +199,7 @@ def describe_error(error, executed=None):
         message += " (killed from outside, often for lack of memory)"
     message = textwrap.shorten(storage.redact(strip_ansi(message))[0], 300, placeholder=" ...")
     line = f"{name}: {message}" if message else name
-    cells = executed.cells if executed else []
-    begun = [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
+    begun = [cell for cell in getattr(executed, "cells", []) if cell.metadata.get("papermill", {}).get("start_time")]
     if not begun:  # not even the kernel came up
         return line, ""
     source = begun[-1].source.splitlines()
@@ -221,20 +221,6 @@ def read_outputs(notebook):
     """What the code cells displayed, in order: for each output its data by mime type."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [output.data for cell in cells for output in cell.outputs if "data" in output]
-
-
-def find_title(notebook):
-    """The first heading, without its Markdown marks."""
-    heading = re.search(r"(?m)^#+ +(.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"))
-    return re.sub(r"[`*]", "", heading[1]) if heading else ""
-
-
-def find_figures(notebook):
-    """The first and the last figure as data: URLs (one when there is only one)."""
-    kinds = "image/png", "image/jpeg"
-    found = [(kind, data[kind]) for data in read_outputs(notebook) for kind in kinds if kind in data]
-    urls = [f"data:{kind};base64,{''.join(data.split())}" for kind, data in found]
-    return urls[:1] + urls[1:][-1:]
 
 
 def format_duration(seconds):
@@ -270,11 +256,8 @@ def render_page(outcome, executed):
     for cell in executed.cells:
         if cell.cell_type == "markdown":  # $$…$$ as MathML, which browsers show by themselves
             cell.source = re.sub(r"(?s)\$\$(.+?)\$\$", lambda match: f"<p>{convert(match[1])}</p>", cell.source)
-    resources = {
-        "metadata": {"name": Path(outcome.name).stem, "path": outcome.notebook.rpartition("/")[0]},
-        "outcome": outcome,
-        "facts": list_facts(),
-    }
+    metadata = {"name": Path(outcome.name).stem, "path": outcome.notebook.rpartition("/")[0]}
+    resources = {"metadata": metadata, "outcome": outcome, "facts": list_facts()}
     html = re.sub(r'href="(\d\d\w+)\.ipynb"', r'href="\1.html"', EXPORTER.from_notebook_node(executed, resources)[0])
     return storage.redact(re.sub(r'<a href="\.\./[^"]*">(.*?)</a>', r"\1", html))[0]  # the sources are not beside it
 
@@ -288,22 +271,19 @@ def render_index(outcomes, total):
 
 def pick(picks):
     """The notebooks meant by numbers, names, paths or URLs; all of notebooks/ when nothing is picked."""
-    known = sorted(str(path) for path in Path("notebooks").resolve().glob("[0-9][0-9]*_*.ipynb"))
-    there = ", ".join(Path(path).stem for path in known) or f"none in {Path('notebooks').resolve()}"
-    chosen = [] if picks else known
+    known = sorted(Path("notebooks").resolve().glob("[0-9][0-9]*_*.ipynb"))
+    there = ", ".join(path.stem for path in known) or f"none in {Path('notebooks').resolve()}"
+    if not picks and not known:
+        raise ValueError(f"there are no notebooks: {there}")
+    chosen = [] if picks else list(map(str, known))
     for wanted in picks:
-        matches = []
-        for path in known:
-            name, stem = Path(path).name, Path(path).stem
-            if wanted in (name, stem, stem.split("_")[0], stem[:2]):
-                matches.append(path)
         if wanted.endswith(".ipynb") and ("://" in wanted or Path(wanted).is_file()):
             matches = [wanted if "://" in wanted else str(Path(wanted).resolve())]
-        chosen += [path for path in matches if path not in chosen]
+        else:
+            matches = [str(p) for p in known if wanted in (p.name, p.stem, p.stem.split("_")[0], p.stem[:2])]
         if not matches:
             raise ValueError(f"no notebook {wanted}; there are: {there}")
-    if not chosen:
-        raise ValueError(f"there are no notebooks: {there}")
+        chosen += [path for path in matches if path not in chosen]
     if len({Path(path).name for path in chosen}) < len(chosen):
         raise ValueError("two of these notebooks have the same name, so one would overwrite the other's output")
     return chosen
@@ -311,11 +291,8 @@ def pick(picks):
 
 def make_parser():
     parser = argparse.ArgumentParser(prog="python -m helpers run", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "notebooks",
-        nargs="*",
-        help="numbers (04: all pages of that stage, 04a: one), names, paths or s3:// URLs; all of notebooks/ without",
-    )
+    which = "numbers (04: all pages of that stage, 04a: one), names, paths or s3:// URLs; all of notebooks/ without"
+    parser.add_argument("notebooks", nargs="*", help=which)
     given = {"nargs": 2, "action": "append", "default": [], "dest": "parameters", "metavar": ("NAME", "VALUE")}
     parser.add_argument("-p", help="a parameter, for each of these notebooks that has it", **given)
     each = "values with commas between them: run each combination, and compare the results"
