@@ -14,9 +14,8 @@ import tracemalloc
 from collections import Counter
 from urllib.parse import quote
 
-import nbformat
 import pytest
-from executed import BY_NUMBER
+from cells import run_cells
 from servers import bot as processes
 from servers import postgres as pg
 from servers import telegram as tg
@@ -76,22 +75,6 @@ class Gate:
         return echo(questions)
 
 
-@pytest.fixture(scope="module")
-def notebook():
-    """notebook(*texts): the names that the code cells of 07a with these texts define, one after the other."""
-    page = nbformat.read(BY_NUMBER["07a"], as_version=4)
-    cells = [cell.source for cell in page.cells if cell.cell_type == "code"]
-
-    def run_cells(*texts, **names):
-        names = {**vars(bot), **names}
-        for text in ("import ipywidgets", *texts):
-            [source] = [source for source in cells if text in source]
-            exec(source, names)
-        return names
-
-    return run_cells
-
-
 def test_a_second_vote_of_the_same_person_replaces_the_first_and_any_text_can_be_told(database, request):
     one, two = bot.record("human", "Why?", "Because."), bot.record("model", "How?", "So.", asked=True)
     assert bot.tally() == {"human": (1, 0, 0), "model": (1, 0, 0)} and bot.vote(10**17, 1, True) is None
@@ -109,7 +92,7 @@ def test_a_second_vote_of_the_same_person_replaces_the_first_and_any_text_can_be
     assert bot.tally()["it's; DROP TABLE vote --"] == (1, 1, 1)
 
 
-def test_a_database_of_the_version_before_keeps_its_votes(database, notebook):
+def test_a_database_of_the_version_before_keeps_its_votes(database):
     with bot.connection():
         for statement in (
             "DROP TABLE vote",
@@ -123,11 +106,11 @@ def test_a_database_of_the_version_before_keeps_its_votes(database, notebook):
     bot.connect(database)
     bot.vote(bot.record("model", "Why?", "Because.").id, "me", True)
     assert bot.tally() == {"model": (2, 2, 2)} and bot.tally(asked=False) == {"model": (1, 1, 1)}
-    page = notebook("def wilson", "def read_votes", "def liked_jokes")
+    page = run_cells("07a", "def wilson", "def read_votes", "def liked_jokes")
     assert page["liked_jokes"](page["read_votes"](), 1, 0) == [("Why?", "Because.")], "not what a person may have asked"
 
 
-def test_jokes_that_people_like_are_the_next_data_set(notebook, sqlite, tmp_path):
+def test_jokes_that_people_like_are_the_next_data_set(sqlite, tmp_path):
     joke, private = PAIRS[0], ("My secret?", "No.")
     other = 'Is it, "true", that\nwe quote?', "Yes, \"so\", and 'so'."
     for number in range(6):
@@ -136,7 +119,7 @@ def test_jokes_that_people_like_are_the_next_data_set(notebook, sqlite, tmp_path
         bot.vote(second.id, f"fan {number}", True)  # the same joke, of which they think better now
         bot.vote(bot.record("model", *other).id, f"fan {number}", number > 0)
         bot.vote(bot.record("model", *private, asked=True).id, f"fan {number}", True)
-    page = notebook("def wilson", "def read_votes", "def liked_jokes", "def save_votes")
+    page = run_cells("07a", "def wilson", "def read_votes", "def liked_jokes", "def save_votes")
     liked_jokes, rows = page["liked_jokes"], page["read_votes"]()
     assert len(rows) == 24 and {row["person"] for row in rows} == set(range(1, 7)) and "fan" not in str(rows)
     assert liked_jokes(rows) == [joke] and liked_jokes(rows, votes=7) == []
@@ -506,24 +489,25 @@ def test_what_cannot_be_a_source_is_named(models, tmp_path):
             bot.load_sources([str(url)], **options)
 
 
-def test_the_models_of_a_bucket_are_found(notebook, models, embedded, bucket):
+def test_the_models_of_a_bucket_are_found(models, embedded, bucket):
     storage.create_bucket(bucket)
     names = dict(bucket=bucket, jokes_csv=f"{models}/human.csv", requests=1, liked_votes=5, liked_above=0.5, seed=0)
     for folder, name in (("jokes", "minilm"), ("jokes-small", "small"), ("convert", "small")):
         for file in (models / f"jokes-{name}").iterdir():
             storage.write(f"s3://{bucket}/models/{folder}/{file.name}", file.read_bytes())
     storage.write(f"s3://{bucket}/models/jokes-half/model.safetensors", b"")  # cut off
-    found = notebook("def find_models", model_urls=[], **names)
+    found = run_cells("07a", "def find_models", names=dict(names, model_urls=[]))
     assert found["models"] == [f"s3://{bucket}/models/jokes", f"s3://{bucket}/models/jokes-small"]
     assert list(found["sources"]) == ["minilm", "small", "human.csv"]
-    given = notebook("def find_models", model_urls=f"{models}/human.csv {models}/jokes-small", **names)
+    names["model_urls"] = f"{models}/human.csv {models}/jokes-small"
+    given = run_cells("07a", "def find_models", names=names)
     assert list(given["sources"]) == ["human.csv", "small"]
 
 
-def test_the_panel_of_the_notebook(notebook, sqlite):
+def test_the_panel_of_the_notebook(sqlite):
     with joke_bot({"model": echo}, per_minute=3, stock=0) as jokes:
         names = dict(jokes=jokes, sources={"people": bot.People(PAIRS)}, human="people", display=print)
-        shown = notebook("def panel", "def picture", **names)
+        shown = run_cells("07a", "def panel", "def picture", names=names)
         assert "Both &lt; lean" in shown["picture"](bot.Joke(question=PAIRS[0][0], answer=PAIRS[0][1]), "👍").data
         panel = shown["panel"](jokes)
         (question, tell), shown, buttons = panel.children[0].children, panel.children[1], panel.children[2]
@@ -538,19 +522,19 @@ def test_the_panel_of_the_notebook(notebook, sqlite):
         assert "seconds" in shown.value and buttons.layout.visibility == "hidden"
 
 
-def test_the_statistics_of_the_notebook(notebook):
-    names = notebook("def holm")
+def test_the_statistics_of_the_notebook():
+    names = run_cells("07a", "def holm")
     assert names["votes_needed"](0.6, 0.5) == 388  # Fleiss' formula, as tables and G*Power have it
     assert names["votes_needed"](0.5, 0.6) == 388 and names["votes_needed"](0.5, 0.5) == float("inf")
     assert names["holm"]([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # R: p.adjust(…, "holm")
 
 
-def test_a_password_is_no_parameter_and_the_notebook_is_for_one_process(notebook, monkeypatch):
+def test_a_password_is_no_parameter_and_the_notebook_is_for_one_process(monkeypatch):
     for url in "postgresql://bot:p@127.0.0.1/jokes", "postgresql://127.0.0.1/jokes?password=p":
         with pytest.raises(ValueError, match="JOKES_DATABASE_URL"):
-            notebook("database_url has a password", database_url=url)
+            run_cells("07a", "database_url has a password", names=dict(database_url=url))
     for url in "", "postgresql://bot@127.0.0.1:5432/jokes", "sqlite:////a:b.db":
-        notebook("database_url has a password", database_url=url)
+        run_cells("07a", "database_url has a password", names=dict(database_url=url))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(storage.StorageError, match="run notebook 07 without --processes"):
-        notebook("WORLD_SIZE", database_url="")
+        run_cells("07a", "WORLD_SIZE", names=dict(database_url=""))
