@@ -17,11 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: no cache_dir there
-    fcntl = None
-
 import cv2
 import numpy as np
 import torch
@@ -29,6 +24,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from helpers import storage
 from helpers.catalog import MadeList, Span, crc32, fetch, list_images, md5, read_index
+
+with suppress(ImportError):  # Windows: no cache_dir there
+    import fcntl
 
 THREADS = 64  # requests in flight: hides 40 ms each
 CORES = os.cpu_count()  # threads that decode: OpenCV releases the GIL
@@ -131,7 +129,6 @@ class S3ImageFolder(Dataset):
             self.table = self.table.replace(targets=np.array([*map(self.class_to_idx.get, found)])[self.table.targets])
         small = self.shards and self.table.sizes.sum() <= WINDOW
         self._memory = {} if small else None  # {index: bytes}: a small pack stays there
-        self._kept = bytearray(len(self) * bool(cache_dir))  # 1: seen whole in the cache
 
     samples = property(
         lambda self: MadeList(len(self), lambda i: (self.url(i), int(self.table.targets[i]))),
@@ -207,8 +204,8 @@ class S3ImageFolder(Dataset):
         # As a pass begins, one request a task: the images then come in the order in which they are waited for.
         chunk = 1 if self.shards or not (prefetch.fetching or prefetch.decoding) else CHUNK
         prefetch.fetching |= dict.fromkeys(new)  # None: no request, for what is here already
-        cache, memory = self._open_cache(), self._memory or ()
-        here = {i for i in new if i in memory or cache and (self._kept[i] or cache.has(self.url(i)))}
+        cache, memory = self.cache and open_cache(*self.cache), self._memory or ()
+        here = {i for i in new if i in memory or cache and os.path.exists(cache.path(self.url(i)))}
         for task in chunks(self.group([index for index in new if index not in here]), chunk):
             future = threads("fetch", THREADS).submit(self._fetch, task)
             prefetch.fetching |= dict.fromkeys(itertools.chain(*task), future)
@@ -274,9 +271,8 @@ class S3ImageFolder(Dataset):
         """The bytes of an image: from memory, from the local cache, or from the server by the request in the future."""
         if self._memory and index in self._memory:
             return self._memory[index]
-        cache = self._open_cache()
-        if cache and (data := cache.get(self.url(index), self.span(index), checked=self._kept[index])) is not None:
-            self._kept[index] = 1
+        cache = self.cache and open_cache(*self.cache)
+        if cache and (data := cache.get(self.url(index), self.span(index))) is not None:
             return data
         data = (future.result() if future else self._fetch([[index]]))[index]
         if self.shards and not isinstance(data, OSError) and crc32(data) != self.table.versions[index].tobytes():
@@ -291,9 +287,6 @@ class S3ImageFolder(Dataset):
             cache.put(self.url(index), self.span(index), data)
         return data
 
-    def _open_cache(self):
-        return open_cache(*self.cache) if self.cache else None
-
 
 def loader(dataset, batch_size, shuffle=False, num_workers=0, seed=0, **options):
     """A DataLoader of a dataset on S3; the same seed gives the same order, however many workers there are.
@@ -301,14 +294,7 @@ def loader(dataset, batch_size, shuffle=False, num_workers=0, seed=0, **options)
     It gives the same augmentation, too, in workers; without them augmentation follows torch.manual_seed. Workers come
     from a fork server, since S3 clients do not survive a fork, and have this process's environment.
     """
-    workers = {}
-    if num_workers:
-        multiprocessing.set_forkserver_preload(["__main__", __name__])  # PyTorch is imported once, not by every worker
-        workers = dict(
-            multiprocessing_context="forkserver",
-            persistent_workers=True,
-            worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
-        )
+    multiprocessing.set_forkserver_preload(["__main__", __name__])  # PyTorch is imported once, not by every worker
     # A generator for the order alone: from the loader's own, persistent workers and none draw differently.
     order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
     batches = dict(batch_size=batch_size, sampler=order)
@@ -317,7 +303,14 @@ def loader(dataset, batch_size, shuffle=False, num_workers=0, seed=0, **options)
         batches = dict(batch_sampler=AnnouncedBatches(order, batch_size, options.pop("drop_last", False)))
         batches["batch_sampler"].num_workers = num_workers
     return DataLoader(
-        dataset, **batches, num_workers=num_workers, generator=torch.Generator().manual_seed(seed), **workers, **options
+        dataset,
+        **batches,
+        num_workers=num_workers,
+        multiprocessing_context="forkserver" if num_workers else None,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
+        generator=torch.Generator().manual_seed(seed),
+        **options,
     )
 
 
@@ -406,34 +399,24 @@ class Cache:
             self.full = True
             warnings.warn(f"There is no cache at {self.directory}: {error}")
 
-    def get(self, url, span, checked=False):
-        """The image's bytes, or None when they are not here, of another length or, unless checked, version or checksum."""
-        length = span.last - span.first
+    def get(self, url, span):
+        """The image's bytes, or None when they are not here, or not as they were written."""
         try:
-            file = os.open(self._path(url), os.O_RDONLY)  # for a file this small, Python's own takes twice the calls
-            try:
-                data = os.read(file, 4 + length + 1)
-            finally:
-                os.close(file)
+            with open(self.path(url), "rb", buffering=0) as file:
+                checksum, data = file.read(4), file.read(span.last - span.first + 1)
         except OSError:
             return None
-        checksum, data = data[:4], data[4:]
-        return data if len(data) == length and (checked or checksum == self._checksum(span, data)) else None
-
-    def has(self, url):
-        return os.path.exists(self._path(url))
+        return data if checksum == self._checksum(span, data) else None
 
     def put(self, url, span, data):
         if self.full:
             return
-        path, data = Path(self._path(url)), self._checksum(span, data) + data
+        path, data = Path(self.path(url)), self._checksum(span, data) + data
         try:
             with self._locked_account() as account:
                 number = account.read()
                 total = int(number) if number.isdigit() else self.limit  # damaged: to be counted anew
-                if path.exists():  # another version
-                    total -= path.stat().st_size
-                    path.unlink()
+                path.unlink(missing_ok=True)  # another version, whose bytes count until room is made
                 if total + len(data) > self.limit:
                     total = self._make_room(len(data))
                 self.full = total + len(data) > self.limit
@@ -474,7 +457,7 @@ class Cache:
                 del sizes[in_use]
         return sum(sizes.values())
 
-    def _path(self, url):
+    def path(self, url):
         name = md5(url.encode()).hex()
         return f"{self.folder}/{name[:2]}/{name}"
 
