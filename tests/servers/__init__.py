@@ -26,13 +26,9 @@ sys.exit(server.wait() and 1)
 def running(command, log):
     """Run a server as long as the block lasts, its output in the file `log`; yields the Popen of its guard."""
     with open(log, "wb") as output:
-        guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", GUARD, *map(str, command)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+        guarded = [sys.executable, "-I", "-S", "-c", GUARD, *map(str, command)]
+        streams = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
+        guard = subprocess.Popen(guarded, start_new_session=True, **streams)
     try:
         yield guard
     finally:
@@ -71,12 +67,7 @@ def listening(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def environment(port, key, secret):
-    """The standard variables for a server on loopback."""
-    return {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": key,
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+def environment(port, keys):
+    """The standard variables for a server on loopback, with the variables of its keys."""
+    region = dict.fromkeys(["AWS_REGION", "AWS_DEFAULT_REGION"], "us-east-1")
+    return {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", **region, **keys}

@@ -103,27 +103,10 @@ def ceph(directory):
         wait_until(osd_is_up, "ceph-osd", directory / "osd.out", mon, osd)
         gateway = daemon("rgw", "radosgw", "-n", "client.rgw")
         wait_until(lambda: listening(port), "radosgw", directory / "rgw.out", mon, osd, gateway)
-        keys = []
-        for user in "user", "other":
-            keys += [(secrets.token_hex(10).upper(), secrets.token_hex(20))]
-            run(
-                "radosgw-admin",
-                "-n",
-                "client.rgw",
-                "user",
-                "create",
-                "--uid",
-                user,
-                "--display-name",
-                user,
-                "--access-key",
-                keys[-1][0],
-                "--secret-key",
-                keys[-1][1],
-            )
-        (key, secret), (other_key, other_secret) = keys
-        yield {
-            **environment(port, key, secret),
-            "OTHER_ACCESS_KEY_ID": other_key,
-            "OTHER_SECRET_ACCESS_KEY": other_secret,
-        }
+        keys = {}
+        create = "-n client.rgw user create --display-name user --uid".split()
+        for user in "AWS", "OTHER":
+            key, secret = secrets.token_hex(10).upper(), secrets.token_hex(20)
+            run("radosgw-admin", *create, user, "--access-key", key, "--secret-key", secret)
+            keys |= {f"{user}_ACCESS_KEY_ID": key, f"{user}_SECRET_ACCESS_KEY": secret}
+        yield environment(port, keys)

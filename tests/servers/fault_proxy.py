@@ -63,7 +63,6 @@ class FaultProxy(socketserver.ThreadingTCPServer):
         self.candidates = {"slow_downs": 0, "resets": 0, "truncations": 0}  # the requests that each could have hit
 
     def count(self, counter):
-        """Add one to a counter and return it."""
         with self.lock:
             setattr(self, counter, getattr(self, counter) + 1)
             return getattr(self, counter)
@@ -91,7 +90,6 @@ class FaultProxy(socketserver.ThreadingTCPServer):
             peer.close()
 
     def disconnect(self):
-        """Close the connections that are still open."""
         for peer in [*self.clients, *self.idle]:
             with contextlib.suppress(OSError):
                 peer.socket.shutdown(socket.SHUT_RDWR)
@@ -107,7 +105,6 @@ class Peer:
         self.socket, self.stream, self.speed = sock, sock.makefile("rb"), speed
 
     def close(self):
-        """Close the connection."""
         self.stream.close()
         self.socket.close()
 
@@ -149,7 +146,6 @@ class Peer:
                 yield block
 
     def exactly(self, size):
-        """Read so many bytes in blocks."""
         while size:
             block = self.stream.read1(min(size, 8192 if self.speed else BLOCK))
             if not block:
@@ -159,7 +155,6 @@ class Peer:
             yield block
 
     def send(self, blocks):
-        """Send the blocks."""
         for block in blocks:
             self.socket.sendall(block)
 
@@ -168,7 +163,6 @@ class Connection(socketserver.BaseRequestHandler):
     """One client's connection: a thread that answers its requests, one after the other."""
 
     def handle(self):
-        """Answer until one side closes."""
         self.client = Peer(self.request, self.server.speed)
         self.server.clients.add(self.client)
         try:

@@ -21,20 +21,8 @@ def missing():
 def gcs(directory, bucket):
     """Run the emulator with a bucket; gs:// URLs of this process lead to it. The log is directory/gcs.log."""
     port, log = free_port(), pathlib.Path(directory) / "gcs.log"
-    command = [
-        sys.executable,
-        "-m",
-        "gcp_storage_emulator",
-        "start",
-        "-M",
-        "-q",
-        "-H",
-        "127.0.0.1",
-        "--port",
-        port,
-        "--default-bucket",
-        bucket,
-    ]
+    options = "-M -q -H 127.0.0.1 --default-bucket".split()
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", *options, bucket, "--port", port]
     with running(command, log) as server, mock.patch.dict(os.environ, STORAGE_EMULATOR_HOST=f"http://127.0.0.1:{port}"):
         wait_until(lambda: listening(port), "the emulator", log, server)
         # gcsfs.GCSFileSystem asks for the kind of the bucket over gRPC, which the emulator does not speak: a minute of

@@ -48,5 +48,5 @@ def moto(directory, setup="", certificate=None):
     code = f"{setup}\nfrom moto.server import main\nmain()"
     with running([sys.executable, "-c", code, "-H", "127.0.0.1", "-p", port, *options], log) as server:
         wait_until(lambda: listening(port), "moto", log, server)
-        env = environment(port, "testing", "testing")
+        env = environment(port, dict.fromkeys(["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"], "testing"))
         yield env | {"AWS_ENDPOINT_URL": env["AWS_ENDPOINT_URL"].replace("http", "https" if certificate else "http")}

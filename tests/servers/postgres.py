@@ -41,28 +41,9 @@ def postgres():
         if root:
             for path in directory, password:
                 shutil.chown(path, "nobody")
-        done = subprocess.run(
-            [
-                *user,
-                program("initdb"),
-                "-D",
-                data,
-                "-U",
-                "bot",
-                "--pwfile",
-                password,
-                "-A",
-                "scram-sha-256",
-                "--no-sync",
-                "-E",
-                "UTF8",
-                "--locale=C",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd=directory,
-        )
+        options = "-U bot -A scram-sha-256 --no-sync -E UTF8 --locale=C".split()
+        command = [*user, program("initdb"), "-D", data, "--pwfile", password, *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=directory)
         if done.returncode:
             raise RuntimeError(f"initdb: {done.stderr[-2000:]}")
         command = [*user, program("postgres"), "-D", data, "-p", port, "-h", "127.0.0.1", "-k", "", "-c", "fsync=off"]
@@ -81,11 +62,7 @@ def postgres():
 
 def query(port, sql, database="postgres"):
     """What psql answers, not one of our own libraries."""
-    done = subprocess.run(
-        [program("psql"), "-h", "127.0.0.1", "-p", str(port), "-U", "bot", "-d", database, "-qAtXc", sql],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PGPASSWORD": PASSWORD},
-    )
+    command = [program("psql"), *f"-h 127.0.0.1 -p {port} -U bot -d {database} -qAtXc".split(), sql]
+    env = {**os.environ, "PGPASSWORD": PASSWORD}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     return done.stdout.strip()
