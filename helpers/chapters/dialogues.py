@@ -89,7 +89,10 @@ class Batches(IterableDataset):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         own = len(range(number, self.length, workers))  # DataLoader takes a batch from each worker in turn
-        examples = self._repeat(self.process * workers + number, self.processes * workers)
+        share = self.process * workers + number, self.processes * workers
+        if own and next(self.dialogues.read_share(*share), None) is None:
+            raise ValueError(f"{self.dialogues.url} has too few examples for each process to have one.")
+        examples = itertools.chain.from_iterable(self.dialogues.read_share(*share) for _ in itertools.count())
         order = random.Random(torch.randint(2**62, ()).item())
         while own > 0:
             ahead = min(own, 20)  # batches
@@ -97,12 +100,3 @@ class Batches(IterableDataset):
             order.shuffle(pool)
             yield from (self.collate(pool[i::ahead]) for i in range(ahead))
             own -= ahead
-
-    def _repeat(self, *share):
-        """The examples of a share, over and over."""
-        while True:
-            example = None
-            for example in self.dialogues.read_share(*share):
-                yield example
-            if example is None:
-                raise ValueError(f"{self.dialogues.url} has too few examples for each process to have one.")
