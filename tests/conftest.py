@@ -20,17 +20,8 @@ from servers.embedded import cleaned, connected  # noqa: E402
 # What AWS offers is read from its large files once, not at each connection, where it takes 0.2 s of the processor.
 botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)
 
-LONGEST = (
-    "test_notebooks.py",
-    "test_notebooks_models.py",
-    "test_training_exact.py",
-    "test_processes.py",
-    "test_rent.py",
-    "test_storage.py",
-    "test_bot.py",
-    "test_run.py",
-    "test_convert.py",
-)  # first, so that none is left for the end
+# First, so that none is left for the end.
+LONGEST = "notebooks notebooks_models training_exact processes rent storage bot run convert".split()
 
 
 def pytest_configure(config):
@@ -41,7 +32,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    order = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else len(order))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,6 +1,7 @@
 """Each notebook shows what it teaches: the modules of helpers/chapters are its exported cells, word for word."""
 
 import ast
+import graphlib
 import importlib
 import re
 import shutil
@@ -46,37 +47,20 @@ def test_imports_go_one_way():
                 assert parts[1] in rooms[:number], f"helpers/{room}.py:{line} imports {name}"
 
 
-def test_chapters_import_no_circle():
-    uses = {
-        chapter: {
-            name.split(".")[2]
-            for _, name in imported(ROOT / f"helpers/chapters/{chapter}.py")
-            if name.startswith("helpers.chapters.")
-        }
-        for chapter in CHAPTERS
+def test_chapters_import_no_circle_and_neither_their_notebooks_nor_nbdev():
+    uses = {chapter: [name for _, name in imported(ROOT / f"helpers/chapters/{chapter}.py")] for chapter in CHAPTERS}
+    assert not [name for names in uses.values() for name in names if name.startswith("nbdev")]
+    chapters = {
+        chapter: [n.split(".")[2] for n in uses[chapter] if n.startswith("helpers.chapters.")] for chapter in uses
     }
-    while uses:
-        leaves = [chapter for chapter, used in uses.items() if not used & uses.keys()]
-        assert leaves, f"these import each other in a circle: {', '.join(uses)}"
-        for chapter in leaves:
-            del uses[chapter]
-
-
-def test_chapters_import_without_their_notebooks_and_without_nbdev():
+    graphlib.TopologicalSorter(chapters).prepare()  # raises CycleError, which names the circle
     for chapter in CHAPTERS:
         importlib.import_module(f"helpers.chapters.{chapter}")
-        assert not [name for _, name in imported(ROOT / f"helpers/chapters/{chapter}.py") if name.startswith("nbdev")]
 
 
 def test_no_name_is_undefined_and_nothing_is_unused():
-    files = ["helpers", "tests", "notebooks"]
-    found = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", *files],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = "ruff check --no-cache --output-format=concise helpers tests notebooks".split()
+    found = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 
 
