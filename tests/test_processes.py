@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -11,7 +12,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import nbformat
 import psutil
 import pytest
 import torch
@@ -71,19 +71,18 @@ def left(processes, seconds=10):
     return alive
 
 
-def start(folder, environment, *words, prefix=()):
-    """`python -m helpers run` with these words, in a process of its own."""
-    command = [*prefix, sys.executable, "-m", "helpers", "run", *map(str, words)]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def launch(folder, *words):
-    """The same command called in this process: (exit code, what it prints)."""
+    """`python -m helpers run` with these words, in this process: (exit code, what it prints)."""
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
         code = processes.main([*map(str, words)])
     return code, printed.getvalue()
+
+
+def launch_in_fork(folder, *words):
+    """The same in a process of its own, which leaves its exit code and what it prints in files."""
+    with open(folder / "said", "w") as said, contextlib.redirect_stderr(said):
+        code, printed = launch(folder, *words)
+    (folder / "printed").write_text(f"{code} {printed}")
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +125,12 @@ def test_two_hosts_come_to_what_one_process_comes_to(tmp_path, environment, host
     env = {name: value for name, value in environment.items() if not name.startswith("AWS_")}
     env |= {"GLOO_SOCKET_IFNAME": "cable", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
     words = f"{notebook} --nodes 2 --rendezvous {first}:{free_port()} -o {place} -p place {place}/model".split()
-    words += ["-p", "batch_size", 8, "--node-rank"]
-    nodes = [start(tmp_path, env, *words, i, prefix=["ip", "netns", "exec", name]) for i, name in enumerate(names)]
+    words += "-p batch_size 8 --node-rank".split()
+    options = dict(cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "helpers", "run", *words]
+    nodes = [
+        subprocess.Popen(["ip", "netns", "exec", name, *command, str(i)], **options) for i, name in enumerate(names)
+    ]
     try:
         said = [node.communicate(timeout=180) for node in nodes]
     finally:
@@ -143,13 +146,13 @@ def test_two_hosts_come_to_what_one_process_comes_to(tmp_path, environment, host
 
 
 def begun(folder):
-    """The kernels of both processes, and the processes, when they are in the middle of a notebook."""
+    """The kernels of both processes, then the processes, when they are in the middle of a notebook."""
     deadline = time.monotonic() + 90
     while len(texts := [path.read_text() for path in sorted(folder.glob("begun-*"))]) < 2 or "" in texts:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     kernels = [psutil.Process(int(text)) for text in texts]
-    return kernels, [kernel.parent() for kernel in kernels]
+    return kernels + [kernel.parent() for kernel in kernels]
 
 
 def test_error_in_one_process_is_told_once_with_its_number_and_not_what_it_did_to_the_other(
@@ -167,9 +170,9 @@ def test_error_in_one_process_is_told_once_with_its_number_and_not_what_it_did_t
 
 def test_killed_process_is_told_with_its_number_and_takes_its_kernel_along(tmp_path, environment):
     def kill():
-        both = begun(tmp_path)
-        both[1][1].kill()
-        return sum(both, [])
+        family = begun(tmp_path)
+        family[3].kill()
+        return family
 
     with ThreadPoolExecutor(1) as pool:
         family = pool.submit(kill)
@@ -180,38 +183,36 @@ def test_killed_process_is_told_with_its_number_and_takes_its_kernel_along(tmp_p
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_signal_to_the_launcher_ends_all_of_it(number, tmp_path, environment):
-    notebook = write(tmp_path, "meet.ipynb", *MEET)
-    with start(tmp_path, environment, notebook, "--processes", 2, "-o", "out") as process:
-        try:
-            family = sum(begun(tmp_path), [])
-            process.send_signal(number)
-            printed, said = process.communicate(timeout=30)
-            assert not left(family)
-        finally:
-            process.kill()
-    if number == signal.SIGKILL:  # it can say and save nothing
-        return
-    assert process.returncode == 130 and said == ""
-    cells = nbformat.read(tmp_path / "out/meet.ipynb", as_version=4).cells
-    assert any("distributed.barrier" in cell.source for cell in cells)
-    assert "interrupted meet.ipynb" in printed and (tmp_path / "out/index.html").exists()
+    words = tmp_path, write(tmp_path, "meet.ipynb", *MEET), "--processes", 2, "-o", "out"
+    launcher = multiprocessing.get_context("fork").Process(target=launch_in_fork, args=words)
+    launcher.start()
+    try:
+        family = begun(tmp_path)
+        os.kill(launcher.pid, number)
+        launcher.join(30)
+        assert not launcher.is_alive() and not left(family)
+    finally:
+        launcher.kill()
+    if number == signal.SIGTERM:  # the other says and saves nothing
+        printed = (tmp_path / "printed").read_text()
+        assert printed.startswith("130 ") and "interrupted meet.ipynb" in printed
+        assert (tmp_path / "said").read_text() == ""
+        assert "distributed.barrier" in (tmp_path / "out/meet.ipynb").read_text()
+        assert (tmp_path / "out/index.html").exists()
 
 
-@pytest.mark.parametrize(
-    "words, sentence",
-    [
-        (("--processes", "-1"), "--processes is 0 or more, not -1"),
-        (("--nodes", "2"), "several nodes take"),
-        (("--nodes", "2", "--node-rank", "2", "--rendezvous", "10.0.0.1:29500"), "several nodes take"),
-        (("-p", "nobody", "1"), "error: no parameter nobody in these notebooks; there are: meets, note\n"),
-    ],
-)
-def test_wrong_words_are_told_in_a_sentence_and_start_nothing(words, sentence, tmp_path, monkeypatch, capsys):
+def test_wrong_words_are_told_in_a_sentence_and_start_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(storage, "connect", lambda: None)
     write(tmp_path, "meet.ipynb", *MEET)
-    with pytest.raises(SystemExit) as stopped:
-        processes.main(["meet.ipynb", *words])
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and sentence in said.splitlines(True)[-1] and "Traceback" not in said
+    for words, sentence in (
+        ("--processes -1", "--processes is 0 or more, not -1"),
+        ("--nodes 2", "several nodes take"),
+        ("--nodes 2 --node-rank 2 --rendezvous 10.0.0.1:29500", "several nodes take"),
+        ("-p nobody 1", "error: no parameter nobody in these notebooks; there are: meets, note\n"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            processes.main(["meet.ipynb", *words.split()])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and sentence in said.splitlines(True)[-1] and "Traceback" not in said
     assert [path.name for path in tmp_path.rglob("*")] == ["meet.ipynb"]
