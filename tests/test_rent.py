@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import boto3
 import botocore.client
 import botocore.exceptions
-import botocore.httpsession
 import nbformat
 import psutil
 import pytest
@@ -53,11 +52,8 @@ def account(moto_env, tmp_path_factory):
 @pytest.fixture
 def rented(account):
     """The account, and the name of a bucket that is not there yet."""
-    return in_bucket(account, f"bucket-{time.time_ns()}")
-
-
-def in_bucket(account, bucket, **changed):
-    return SimpleNamespace(**vars(account) | {"bucket": bucket, "words": account.words | {"bucket": bucket}} | changed)
+    bucket = f"bucket-{time.time_ns()}"
+    return SimpleNamespace(**vars(account) | {"bucket": bucket, "words": account.words | {"bucket": bucket}})
 
 
 SHOW = (
@@ -74,17 +70,13 @@ if mode == "hangs":
 )
 
 
-def command_line(rented, *words, **changed):
-    options = {name: value for name, value in (rented.words | changed).items() if value is not None}
-    words = [*words, *(word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value))]
-    return ["submit", *map(str, [rented.notebook, *words])]
-
-
 def submit(rented, capsys, *words, **changed):
     """Exit code of the command line, and the instance or the error."""
+    options = {name: value for name, value in (rented.words | changed).items() if value is not None}
+    words = [*words, *(word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value))]
     code = 0
     try:
-        code = rent.main(command_line(rented, *words, **changed))
+        code = rent.main(["submit", *map(str, [rented.notebook, *words])])
     except SystemExit as stopped:
         code = stopped.code
     said = capsys.readouterr()
@@ -125,19 +117,12 @@ def test_ec2_is_asked_for_a_machine_as_told_tagged_without_a_key_and_ending_when
     assert code == 0 and describe(rented, instance)["InstanceLifecycle"] == "spot"
     given, script = asked["RunInstances"], script_of(rented, instance)
     tags, disk = given.pop("TagSpecifications"), {"VolumeSize": 77, "DeleteOnTermination": True}
-    assert {name: given[name] for name in given.keys() - {"UserData", "ClientToken"}} == {
-        "ImageId": rented.image["ImageId"],
-        "InstanceType": "g4dn.xlarge",
-        "MinCount": 1,
-        "MaxCount": 1,
-        "KeyName": rented.name,
-        "SecurityGroupIds": [rented.group],
-        "IamInstanceProfile": {"Name": rented.name},
-        "InstanceMarketOptions": {"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}},
-        "InstanceInitiatedShutdownBehavior": "terminate",
-        "MetadataOptions": {"HttpTokens": "required"},
-        "BlockDeviceMappings": [{"DeviceName": rented.image["RootDeviceName"], "Ebs": disk}],
-    }
+    expected = dict(ImageId=rented.image["ImageId"], InstanceType="g4dn.xlarge", MinCount=1, MaxCount=1)
+    expected |= dict(KeyName=rented.name, SecurityGroupIds=[rented.group], IamInstanceProfile={"Name": rented.name})
+    expected |= dict(InstanceInitiatedShutdownBehavior="terminate", MetadataOptions={"HttpTokens": "required"})
+    expected["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}}
+    expected["BlockDeviceMappings"] = [{"DeviceName": rented.image["RootDeviceName"], "Ebs": disk}]
+    assert {name: given[name] for name in given.keys() - {"UserData", "ClientToken"}} == expected
     job = rent.status(instance)[0]["job"]
     assert job.startswith(f"s3://{rented.bucket}/jobs/show/20")
     wanted = [{"Key": key, "Value": value} for key, value in dict(Name="show", Project=rent.PROJECT, Job=job).items()]
@@ -160,48 +145,35 @@ def test_script_names_amazons_s3_where_no_address_is_set(monkeypatch):
     assert "export AWS_REGION=eu-central-1\n" in script and "MAX_SECONDS=3600\n" in script
 
 
-AMI, GROUP = "ami-00000000000000000", "sg-00000000000000000"
-
-
-@pytest.mark.parametrize(
-    "words, changed, said",
-    [
-        (
-            [],
-            {"image_id": AMI, "instance_profile": "nobody", "key_name": "nobody", "security_group": GROUP},
-            f"error: there is no image {AMI}, no instance profile nobody, no key pair nobody, no security group {GROUP} in ",
-        ),
+def test_what_cannot_work_is_told_and_nothing_is_started_or_stored(rented, capsys):
+    ami, group = "ami-00000000000000000", "sg-00000000000000000"
+    nobody = dict(image_id=ami, instance_profile="nobody", key_name="nobody", security_group=group)
+    names = f"no image {ami}, no instance profile nobody, no key pair nobody, no security group {group} in "
+    before = count(rented)
+    for words, changed, sentence in (
+        ([], nobody, f"error: there is {names}"),
         (["-p", "nobody", "1"], {}, "error: no parameter nobody in these notebooks; there are: mode, note, text"),
         (["-p", "text", f"key={SECRET}"], {}, "show AWS_SECRET_ACCESS_KEY: remove it"),
-    ],
-)
-def test_what_cannot_work_is_told_and_nothing_is_started_or_stored(rented, capsys, words, changed, said):
-    before = count(rented)
-    code, line = submit(rented, capsys, *words, **changed)
-    assert code == 2 and said in line and SECRET not in line
+    ):
+        code, said = submit(rented, capsys, *words, **changed)
+        assert code == 2 and sentence in said and SECRET not in said
     assert count(rented) == before and rented.bucket not in storage.buckets()
 
 
-def test_what_ec2_refuses_is_told_with_its_code(rented, capsys, asked):
+def test_what_ec2_refuses_or_does_not_know_is_told_with_its_code(rented, capsys, asked, tmp_path):
     asked["refused"] = ["RunInstances"]
     code, said = submit(rented, capsys)
     assert code == 1 and said.startswith("EC2: ") and "RunInstances" in said and "InsufficientInstanceCapacity" in said
-
-
-def test_an_s3_that_is_no_ec2_is_told_in_a_sentence(rented, capsys, tmp_path):
-    with embedded.connected(storage.serve(tmp_path / "s3")):
+    with embedded.connected(storage.serve(tmp_path / "s3")):  # an S3, which rents no machines
         code, said = submit(rented, capsys)
     assert code == 1 and said.startswith("EC2: ") and "AWS_ENDPOINT_URL_S3" in said
 
 
-def test_s3_on_this_machine_is_no_place_for_a_machine_elsewhere(rented, capsys, monkeypatch):
+def test_s3_on_this_machine_is_no_place_for_a_machine_elsewhere(rented, capsys, monkeypatch, asked):
     monkeypatch.setenv("AWS_ENDPOINT_URL_EC2", "https://ec2.us-east-1.amazonaws.com")
-    sender, asked = botocore.httpsession.URLLib3Session, []
-    send = sender.send
-    monkeypatch.setattr(sender, "send", lambda self, request: asked.append(request.url) or send(self, request))
     code, said = submit(rented, capsys)
     assert code == 1 and said.startswith(f"A rented machine cannot reach S3 at {os.environ['AWS_ENDPOINT_URL']}: set ")
-    assert asked and all(url.startswith(os.environ["AWS_ENDPOINT_URL"]) for url in asked)  # EC2 is asked for nothing
+    assert asked.keys() == {"refused", "ListBuckets"}  # EC2 is asked for nothing
     assert rented.bucket not in storage.buckets()
 
 
@@ -247,37 +219,34 @@ def test_machine_ends_after_its_time_and_when_it_boots_again_whatever_the_script
     subprocess.run(["systemd-analyze", "verify", tmp_path / "end-this-machine.service"], check=True, timeout=20)
 
 
-def test_status_shows_our_machines_and_how_they_ended_and_only_they_are_terminated(rented, capsys):
+def test_status_and_logs_of_our_machines_and_only_they_are_terminated(rented, capsys, monkeypatch):
+    def command(*words):
+        assert rent.main([*words]) == 0
+        return capsys.readouterr().out.split("\n", 1)[1]  # without the line of storage.connect
+
     first, second = (submit(rented, capsys)[1] for _ in range(2))
-    image = rented.image["ImageId"]
-    [other] = rented.ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1)["Instances"]
+    [other] = rented.ec2.run_instances(ImageId=rented.image["ImageId"], MinCount=1, MaxCount=1)["Instances"]
     job = {row["instance"]: row["job"] for row in rent.status()}
+    assert rent.logs(first) == rented.ec2.get_console_output(InstanceId=first)["Output"] != ""
+    storage.write(f"{job[first]}/log.txt", "grüße\nfrom it".encode())
     storage.write(f"{job[first]}/status.json", b'{"state": "timed out", "exit_code": 124}')
-    assert rent.main(["status"]) == 0
-    rows = {row["instance"]: row for row in json.loads(capsys.readouterr().out.split("\n", 1)[1])}
+    assert command("logs", first) == "grüße\nfrom it\n"
+    rows = {row["instance"]: row for row in json.loads(command("status"))}
     assert {first, second} <= rows.keys() and other["InstanceId"] not in rows
     assert rows[first]["outcome"] == {"state": "timed out", "exit_code": 124} and rows[second]["outcome"] is None
-    assert rent.main(["status", second]) == 0
-    [row] = json.loads(capsys.readouterr().out.split("\n", 1)[1])
+    [row] = json.loads(command("status", second))
     assert (row["instance"], row["state"], row["type"]) == (second, "running", "g4dn.xlarge")
     assert row["address"] == describe(rented, second)["PublicDnsName"] != ""
-    assert rent.main(["terminate", second]) == 0 and capsys.readouterr().out.endswith("shutting-down\n")
+    assert command("terminate", second) == "shutting-down\n"
     assert describe(rented, second)["State"]["Name"] in ("shutting-down", "terminated")
-    for command, stranger in ("status", "i-00000000000000000"), ("terminate", other["InstanceId"]):
+    for name, stranger in ("status", "i-00000000000000000"), ("terminate", other["InstanceId"]):
         with pytest.raises(SystemExit) as stopped:
-            rent.main([command, stranger])
+            rent.main([name, stranger])
         assert stopped.value.code == 2
         assert f"error: {stranger} is not a machine of this project\n" in capsys.readouterr().err
     assert describe(rented, other["InstanceId"])["State"]["Name"] == "running"
-
-
-def test_logs_are_those_in_s3_and_before_that_the_console(rented, capsys, monkeypatch):
-    _, instance = submit(rented, capsys)
-    assert rent.logs(instance) == rented.ec2.get_console_output(InstanceId=instance)["Output"] != ""
-    storage.write(f"{(job := rent.status(instance)[0]['job'])}/log.txt", "grüße\nfrom it".encode())
-    assert rent.main(["logs", instance]) == 0 and capsys.readouterr().out.endswith("grüße\nfrom it\n")
     monkeypatch.setattr(rent, "find_instances", lambda *_: pytest.fail("asks EC2"))  # which a job's URL does without
-    assert rent.main(["logs", job]) == 0 and capsys.readouterr().out.endswith("grüße\nfrom it\n")
+    assert command("logs", job[first]) == "grüße\nfrom it\n"
 
 
 TEXT = """a  b 'c' "d" $(touch x) `touch y`; touch z & \\ %s *"""
@@ -293,15 +262,13 @@ def of_job(job):
     return found
 
 
-def boot(rented, folder, *words, max_hours=1, project='exec {python} "$@"'):
+def boot(rented, capsys, folder, *words, project='exec {python} "$@"', **changed):
     """Submit a notebook, and start what EC2 was given as the machine would: as root, in an environment of nothing.
 
     `shutdown` and `pip` only note their words; boto3 and the project's environment, which `make setup` takes as it is,
     are those of this Python, unless `project` is another command.
     """
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert rent.main(command_line(rented, *words, max_hours=max_hours)) == 0
-    instance = said.getvalue().split()[-1]
+    code, instance = submit(rented, capsys, *words, **changed)
     script, [row], fakes, venv = script_of(rented, instance), rent.status(instance), folder / "fakes", folder / "venv"
     commands = {
         fakes / "systemctl": "",
@@ -321,7 +288,7 @@ def boot(rented, folder, *words, max_hours=1, project='exec {python} "$@"'):
     (venv / "installed").touch()
     (folder / "tmp").mkdir()
     env = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-    env |= {"PATH": f"{fakes}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "UPLOAD_EVERY": "2"}
+    env |= {"PATH": f"{fakes}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "UPLOAD_EVERY": "8"}
     env |= {"VENV": str(venv), "UNITS": str(folder), "TMPDIR": str(folder / "tmp")}
     env |= {} if os.geteuid() == 0 else {"HOME": str(folder)}
     with open(folder / "console", "wb") as console:
@@ -329,81 +296,61 @@ def boot(rented, folder, *words, max_hours=1, project='exec {python} "$@"'):
     return SimpleNamespace(process=process, folder=folder, instance=instance, job=row["job"])
 
 
-def look(machine):
-    """What is left when the script has ended: here, and in S3."""
+def check_end(machine, state, code):
+    """The machine has ended itself once, left nothing running, and said in S3 how it went; its log before the end."""
     read = lambda name: storage.read(f"{machine.job}/{name}").decode()
-    deadline, machine.log_before = time.monotonic() + 240, ""  # the last log in S3 before the end
-    while (hung := machine.process.poll() is None) and time.monotonic() < deadline:
+    deadline, before = time.monotonic() + 240, ""
+    while machine.process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(storage.NotFound):
             log = read("log.txt")
-            machine.log_before = machine.log_before if "exit code" in log else log
-        time.sleep(0.5)
-    machine.hung, deadline = hung, time.monotonic() + 5
+            before = before if "exit code" in log else log
+        time.sleep(1)
+    assert machine.process.poll() is not None
+    deadline = time.monotonic() + 5
     while (left := of_job(machine.job)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    machine.left = [" ".join(one.cmdline()) for one in left]
+    assert left == [] and (machine.folder / "shutdown").read_text() == "-h now\n"
     machine.log, machine.status = read("log.txt"), json.loads(read("status.json"))
-    if machine.status["state"] != "failed":
+    assert (machine.folder / "console").read_text().replace("\r", "").endswith(machine.log[-100:])
+    assert (machine.folder / "pip").read_text() == "install -q boto3\n"
+    assert machine.status == {"state": state, "exit_code": code}
+    assert machine.log.splitlines()[-1].endswith(f"Z {state}, exit code {code}")
+    if state != "failed":
         (machine.folder / "executed.ipynb").write_text(read("output/show.ipynb"))
-    machine.shutdowns = (machine.folder / "shutdown").read_text().splitlines()
-    machine.console = (machine.folder / "console").read_text()
+        assert "the kernel has begun\n" in outputs_of(machine.folder / "executed.ipynb")
+    return before
 
 
-@pytest.fixture(scope="module")
-def machines(account, tmp_path_factory):
-    """Three machines: one whose notebook works, then one whose notebook hangs, beside one that fails at once."""
-    folder, began, started, hours = tmp_path_factory.mktemp("machines"), time.monotonic(), {}, 1
-    rented = in_bucket(account, f"machines-{time.time_ns()}")
+def test_machines_keep_what_they_said_and_end_when_done_when_failed_and_when_their_time_is_over(
+    rented, capsys, tmp_path
+):
+    began, machines = time.monotonic(), {}
+
+    def start(mode, processes, **changed):
+        (folder := tmp_path / mode).mkdir()
+        words = "-p", "text", TEXT, "-p", "mode", mode, "-p", "note", folder / "pid", "--processes", processes
+        machines[mode] = boot(rented, capsys, folder, *words, **changed)
+        return machines[mode]
+
     try:
-        for mode in "works", "hangs", "fails":
-            pid = folder / mode / "pid"
-            pid.parent.mkdir()
-            words = "-p", "text", TEXT, "-p", "mode", mode, "-p", "note", pid, "--processes", int(mode == "works")
-            fails = {"project": "echo no luck today; exit 3"} if mode == "fails" else {}
-            started[mode] = boot(rented, pid.parent, *words, max_hours=hours, **fails)
-            if mode == "works":
-                look(started[mode])
-                hours = (3 * (time.monotonic() - began) + 5) / 3600  # enough for the next to begin
-        for mode in "fails", "hangs":
-            look(started[mode])
-        yield started
+        machine = start("works", 1)
+        check_end(machine, "succeeded", 0)
+        assert run.read_results(machine.folder / "executed.ipynb") == {"text": TEXT}
+        assert machine.log.startswith("20") and machine.job in machine.log.splitlines()[0]
+        assert f"Results: {machine.job}/output/index.html\n" in machine.log and "Traceback" not in machine.log
+        assert rent.status(machine.instance)[0]["outcome"] == machine.status
+        assert rent.logs(machine.instance) == machine.log
+        assert not [name for name in machine.folder.rglob("[xyz]")]
+
+        enough = 2 * (time.monotonic() - began) + 10  # for the next kernel to begin
+        hangs, fails = start("hangs", 0, max_hours=enough / 3600), start("fails", 0, project="echo no luck; exit 3")
+        check_end(fails, "failed", 3)
+        assert "no luck\n" in fails.log
+        assert "S3 at " in check_end(hangs, "timed out", 124)
+        assert not psutil.pid_exists(int((hangs.folder / "pid").read_text()))
     finally:
-        for machine in started.values():
+        for machine in machines.values():
             for process in [*of_job(machine.job), machine.process]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             machine.process.wait()
-
-
-def ended(machine, state, code):
-    """What holds for each machine: it has ended itself once, left nothing running, and said in S3 how it went."""
-    assert not machine.hung and machine.shutdowns == ["-h now"] and machine.left == []
-    assert machine.console.replace("\r", "").endswith(machine.log[-100:])
-    assert (machine.folder / "pip").read_text() == "install -q boto3\n"
-    assert machine.status == {"state": state, "exit_code": code}
-    assert machine.log.splitlines()[-1].endswith(f"Z {state}, exit code {code}")
-
-
-def test_machine_keeps_results_notebook_and_log(machines):
-    machine = machines["works"]
-    ended(machine, "succeeded", 0)
-    assert run.read_results(machine.folder / "executed.ipynb") == {"text": TEXT}
-    assert "the kernel has begun\n" in outputs_of(machine.folder / "executed.ipynb")
-    assert machine.log.startswith("20") and machine.job in machine.log.splitlines()[0]
-    assert f"Results: {machine.job}/output/index.html\n" in machine.log and "Traceback" not in machine.log
-    assert rent.status(machine.instance)[0]["outcome"] == machine.status
-    assert rent.logs(machine.instance) == machine.log
-    assert not [name for name in machine.folder.rglob("[xyz]")]
-
-
-def test_machine_says_why_it_failed(machines):
-    ended(machines["fails"], "failed", 3)
-    assert "no luck today\n" in machines["fails"].log
-
-
-def test_machine_ends_a_notebook_that_hangs_when_its_time_is_over(machines):
-    machine = machines["hangs"]
-    ended(machine, "timed out", 124)
-    assert not psutil.pid_exists(int((machine.folder / "pid").read_text()))
-    assert "S3 at " in machine.log_before
-    assert "the kernel has begun\n" in outputs_of(machine.folder / "executed.ipynb")
