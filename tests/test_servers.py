@@ -1,4 +1,4 @@
-"""The servers of the other tests do what they say: round trips, the proxy's transparency and each of its faults."""
+"""The servers of the other tests end with them; the proxy is transparent and makes each of its faults."""
 
 import contextlib
 import http.client
@@ -11,52 +11,11 @@ import threading
 import urllib.parse
 
 import boto3
-import pytest
 from botocore.config import Config
 from servers import free_port, listening, wait_until
 from servers.fault_proxy import fault_proxy
 
-pytestmark = pytest.mark.usefixtures("clean_environment")
-
-
-def client(env, url=None):
-    """A boto3 client for a server, or for the proxy in front of it."""
-    checksums = dict(request_checksum_calculation="when_required", response_checksum_validation="when_required")
-    options = dict(signature_version="s3v4", retries={"max_attempts": 0}, s3={"addressing_style": "path"})
-    keys = {name.lower(): env[name.upper()] for name in ("aws_access_key_id", "aws_secret_access_key")}
-    config, region = Config(**options, **checksums), env["AWS_REGION"]
-    return boto3.client("s3", endpoint_url=url or env["AWS_ENDPOINT_URL"], region_name=region, config=config, **keys)
-
-
-def keys(s3, name):
-    """The keys of a bucket."""
-    return [entry["Key"] for entry in s3.list_objects_v2(Bucket=name).get("Contents", [])]
-
-
-@pytest.mark.parametrize("server", ["embedded_env", "moto_env", "ceph_env"])
-def test_every_server_puts_gets_lists_copies_and_deletes_and_the_proxy_is_transparent(server, request):
-    env, name = request.getfixturevalue(server), "transparent"
-    with fault_proxy(env["AWS_ENDPOINT_URL"]) as proxy:
-        s3 = client(env, proxy.url)
-        s3.create_bucket(Bucket=name)
-        odd = "ordner/Größe +%20&=~(1).txt"
-        s3.put_object(Bucket=name, Key=odd, Body=b"hello")
-        assert s3.get_object(Bucket=name, Key=odd)["Body"].read() == b"hello"
-        assert s3.get_object(Bucket=name, Key=odd, Range="bytes=1-2")["Body"].read() == b"el"
-        assert s3.head_object(Bucket=name, Key=odd)["ContentLength"] == 5
-        with pytest.raises(s3.exceptions.NoSuchKey):
-            s3.get_object(Bucket=name, Key="nothing")
-        s3.put_object(Bucket=name, Key="empty", Body=b"")
-        assert s3.get_object(Bucket=name, Key="empty")["Body"].read() == b""
-        s3.copy_object(Bucket=name, Key="copy", CopySource={"Bucket": name, "Key": odd})
-        assert s3.get_object(Bucket=name, Key="copy")["Body"].read() == b"hello"
-        assert sorted(keys(s3, name)) == sorted([odd, "copy", "empty"])
-        s3.delete_object(Bucket=name, Key="copy")
-        s3.delete_objects(Bucket=name, Delete={"Objects": [{"Key": odd}, {"Key": "empty"}]})
-        assert keys(s3, name) == []
-        s3.delete_bucket(Bucket=name)
-        assert proxy.requests == 15
-        assert proxy.slow_downs == proxy.resets == proxy.truncations == proxy.copies_refused == 0
+from helpers import storage
 
 
 def test_a_server_does_not_outlive_its_starter(tmp_path):
@@ -116,13 +75,13 @@ def test_heads_pass_unchanged_and_connections_stay_unless_the_server_has_closed_
     assert heads == sent
 
 
-def test_faults_depend_on_the_order_only_and_never_hit_one_request_twice(embedded_env):
-    s3 = client(embedded_env)
-    s3.create_bucket(Bucket="order")
+def test_faults_depend_on_the_order_only_and_never_hit_one_request_twice(embedded):
+    storage.create_bucket("order")
+    s3 = boto3.client("s3", config=Config(signature_version="s3v4"))
     s3.put_object(Bucket="order", Key="digits", Body=b"0123456789")
     params = {"Bucket": "order", "Key": "digits"}
     url = urllib.parse.urlsplit(s3.generate_presigned_url("get_object", Params=params))
-    with fault_proxy(embedded_env["AWS_ENDPOINT_URL"], slow_down_every=2, reset_every=2, truncate_every=2) as proxy:
+    with fault_proxy(embedded["AWS_ENDPOINT_URL"], slow_down_every=2, reset_every=2, truncate_every=2) as proxy:
         seen = []
         for _ in range(16):
             with contextlib.closing(http.client.HTTPConnection(proxy.url[7:], timeout=10)) as bare:
