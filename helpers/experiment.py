@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -50,7 +49,7 @@ def save_model(model, url, **config):
     model.json names the weights by their checksum and is written last: a reader finds the old model or the new one.
     """
     url = str(url).rstrip("/")
-    weights = to_safetensors(model if isinstance(model, Mapping) else model.state_dict())
+    weights = to_safetensors(model if isinstance(model, dict) else model.state_dict())
     name = f"model-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
     storage.write(f"{url}/{name}", weights)
     storage.write(f"{url}/model.json", json.dumps({"weights": name, **config}, indent=1).encode())
@@ -71,20 +70,17 @@ def load_model(url):
     return safetensors.torch.load(weights), config
 
 
-def _to_json(values):
-    """Values as a JSON file, without secrets."""
-    return redact(json.dumps(values, indent=1))[0].encode()
+def _redacted(text):
+    return redact(text)[0].encode()
 
 
 def _code():
-    """The source that has run, without secrets: a notebook's executed cells, or the script."""
+    """The source that has run: a notebook's executed cells, or the script."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell:  # in any kernel: JupyterLab, papermill, VS Code
-        source = "\n\n".join(f"# In [{i}]\n{cell}" for i, cell in enumerate(shell.user_ns["In"]) if cell.strip())
-    else:
-        script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-        source = script.read_text(encoding="utf-8", errors="replace") if script.is_file() else ""
-    return redact(source)[0].encode()
+        return "\n\n".join(f"# In [{i}]\n{cell}" for i, cell in enumerate(shell.user_ns["In"]) if cell.strip())
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    return script.read_text(encoding="utf-8", errors="replace") if script.is_file() else ""
 
 
 def _environment():
@@ -115,19 +111,20 @@ class Run:
     def __init__(self, url, **hyperparameters):
         self.started, self.lock = datetime.now(timezone.utc), threading.Lock()
         self.finished = self.lost = False  # the lease, to another process
-        data, code = _to_json(hyperparameters), _code()
-        self.url = _choose(str(url).rstrip("/"), self.started.strftime("%Y-%m-%dT%H-%M-%S.%f"), json.loads(data), code)
+        files = {"code.py": _code(), "hyperparameters.json": json.dumps(hyperparameters, indent=1)}
+        self.url = _choose(str(url).rstrip("/"), self.started.strftime("%Y-%m-%dT%H-%M-%S.%f"), files)
         _write_lease(self.url)
         if storage.is_first_process():
             threading.Thread(target=_renew_lease, args=(weakref.ref(self),), daemon=True).start()
-        self._write("environment.json", json.dumps(_environment(), indent=1).encode())
-        self._write("code.py", code)
-        self._write("hyperparameters.json", data)
+        self._write("environment.json", json.dumps(_environment(), indent=1))
+        for name, text in files.items():
+            self._write(name, text)
 
     def _write(self, name, data):
+        """Bytes, or text, of which secrets are left out."""
         if self.lost:
             raise StorageError(f"{self.url} was taken over by another process while this one stood still.")
-        storage.write(f"{self.url}/{name}", data)
+        storage.write(f"{self.url}/{name}", _redacted(data) if isinstance(data, str) else data)
 
     def save_history(self, history, name="history"):
         """Rows ({column: value}) as {name}.csv."""
@@ -135,7 +132,7 @@ class Run:
         rows = csv.DictWriter(text, list(dict.fromkeys(name for row in history for name in row)))
         rows.writeheader()
         rows.writerows(history)
-        self._write(f"{name}.csv", text.getvalue().encode())
+        self._write(f"{name}.csv", text.getvalue())
 
     def save_figure(self, name, figure):
         """A matplotlib figure as plots/{name}.png."""
@@ -154,36 +151,28 @@ class Run:
 
     def finish(self, results):
         """Results as metrics.json, report.html, then the manifest, the list of all files: the run is complete."""
+        if not storage.is_first_process():
+            return
         self._write("code.py", _code())
-        self._write("metrics.json", _to_json(results))
-        if storage.is_first_process():
-            self._write("report.html", _render_report(self.url))
-        manifest = {
-            "started": self.started.isoformat(),
-            "finished": datetime.now(timezone.utc).isoformat(),
-            "files": [name for name in storage.list_files(self.url) if name != "lease.json"],
-        }
-        self._write("manifest.json", json.dumps(manifest, indent=1).encode())
+        self._write("metrics.json", json.dumps(results, indent=1))
+        self._write("report.html", _render_report(self.url))
+        files = [name for name in storage.list_files(self.url) if name != "lease.json"]
+        times = {"started": self.started.isoformat(), "finished": datetime.now(timezone.utc).isoformat()}
+        self._write("manifest.json", json.dumps(times | {"files": files}, indent=1))
         with self.lock, suppress(NotFound):  # finished before
             self.finished = True
             storage.delete(f"{self.url}/lease.json")
 
 
 @run_in_first_process
-def _choose(url, new, hyperparameters, code):
-    """The URL of the newest run like this one that was cut off and is not being written, or of a new one."""
+def _choose(url, new, files):
+    """The URL of the newest run with the same files that was cut off and is not being written, or of a new one."""
     names = storage.list_files(url)
-    runs = [name.split("/")[0] for name in names if name.endswith("/hyperparameters.json") and name.count("/") == 1]
-    for run in reversed(runs):
-        if (
-            f"{run}/manifest.json" not in names
-            and f"{run}/code.py" in names
-            and _load(f"{url}/{run}/hyperparameters.json") == hyperparameters
-            and storage.read(f"{url}/{run}/code.py") == code
-            and _claim(f"{url}/{run}")
-        ):
-            lines = storage.read(f"{url}/{run}/history.csv").splitlines() if f"{run}/history.csv" in names else [""]
-            print(f"continuing run {url}/{run}, from epoch {len(lines)}")
+    for run in sorted({name.split("/")[0] for name in names}, reverse=True):
+        same = lambda name: f"{run}/{name}" in names and storage.read(f"{url}/{run}/{name}") == _redacted(files[name])
+        if f"{run}/manifest.json" not in names and all(map(same, files)) and _claim(f"{url}/{run}"):
+            rows = storage.read(f"{url}/{run}/history.csv").splitlines()[1:] if f"{run}/history.csv" in names else []
+            print(f"continuing run {url}/{run}, from epoch {len(rows) + 1}")
             return f"{url}/{run}"
     print(f"starting run {url}/{new}")
     return f"{url}/{new}"
@@ -297,15 +286,12 @@ def _render_report(run):
     names = storage.list_files(run)
     values = {each: _load(f"{run}/{each}.json") for each in ("hyperparameters", "metrics", "environment")}
     curves = _read_curves(storage.read(f"{run}/history.csv").decode()) if "history.csv" in names else {}
-    plots = {
-        each[6:-4]: base64.b64encode(storage.read(f"{run}/{each}")).decode()
-        for each in names
-        if each.startswith("plots/") and each != "plots/history.png"
-    }  # the page draws these curves itself
+    plots = [each for each in names if each.startswith("plots/") and each != "plots/history.png"]  # see curves
+    plots = {plot[6:-4]: base64.b64encode(storage.read(f"{run}/{plot}")).decode() for plot in plots}
     values |= dict(url=run, name=name, curves=curves, plots=plots, comparison=Comparison(folder, [], ""))
     with suppress(StorageError):  # one of the other runs may be damaged
         values["comparison"] = compare(folder)
-    return redact(_render("report.html.j2", **values))[0].encode()
+    return _render("report.html.j2", **values)
 
 
 def _read_curves(text):
