@@ -171,17 +171,8 @@ def processor_seconds(servers):
     return used
 
 
-def measure(servers, batches, seconds):
-    """Images a second and microseconds of processor time an image, over endless batches of (images, classes)."""
-    next(batches)
-    used, count, start = processor_seconds(servers), 0, time.perf_counter()
-    while not count or time.perf_counter() - start < seconds:
-        count += len(next(batches)[0])
-    return count / (time.perf_counter() - start), (processor_seconds(servers) - used) / count * 1e6
-
-
 def measure_epoch(servers, loader):
-    """The same over one epoch, from asking for the first batch to the last."""
+    """Images a second and microseconds of processor time an image, from asking for an epoch's first batch to its last."""
     start, used = time.perf_counter(), processor_seconds(servers)
     count = sum(len(batch[0]) for batch in loader)
     return count / (time.perf_counter() - start), (processor_seconds(servers) - used) / count * 1e6
