@@ -201,7 +201,7 @@ class TrainLoop:
         With gradients accumulated over `size` batches, the optimizer steps at the `last` of them.
         """
         self._set_training_mode()
-        batch, total, several = send_to_device(batch, self.accelerator.device), 0, len(self.optimizers) > 1
+        batch, total, several = send_to_device(batch, self.accelerator.device), None, len(self.optimizers) > 1
         with nullcontext() if last and not several else getattr(self.task, "no_sync", nullcontext)():  # only DDP has it
             losses, *_ = self.task(batch, training=True)
             precision = self.accelerator.autocast if isinstance(losses, Iterator) else nullcontext  # it computes later
@@ -210,7 +210,7 @@ class TrainLoop:
             for self.optimizer in self.optimizers:
                 with precision():
                     loss = next(losses)
-                total = total + loss.detach()
+                total = loss.detach() if total is None else total + loss.detach()
                 self.scaler.scale(loss / size if size > 1 else loss).backward(inputs=self.weights if several else None)
                 if last:
                     self._update(several)
