@@ -155,7 +155,8 @@ def client(bucket=None):
     limits = {"max_pool_connections": THREADS, "connect_timeout": SILENCE, "read_timeout": SILENCE}
     place = {"endpoint_url": options.get("endpoint_url"), **options.get("client_kwargs", {})}
     config = Config(signature_version=botocore.UNSIGNED if "anon" in options else None, **limits)
-    session = boto3.Session(profile_name=options["profile"]) if "profile" in options else boto3  # of what it has read
+    # boto3 itself, since a session of its own would read what AWS offers again, which takes 0.2 s.
+    session = boto3.Session(profile_name=options["profile"]) if "profile" in options else boto3
     made = session.client("s3", config=config, **place)
     if "requester_pays" in options:
         add_header = lambda request, **_: request.headers.add_header("x-amz-request-payer", "requester")
@@ -179,15 +180,15 @@ def store(bucket):
 @functools.cache
 def _make_store(bucket):
     options, meta = _bucket_options(bucket), client(bucket).meta
-    session, key = boto3.Session(profile_name=options.get("profile")), {"skip_signature": True}
+    session = boto3.Session(profile_name=options.get("profile"))
+    how = {"skip_signature": True}
     if "anon" not in options and session.get_credentials():  # botocore knows when keys expire: ask it each time
-        key = {"credential_provider": Boto3CredentialProvider(session, ttl=timedelta(0))}
+        how = {"credential_provider": Boto3CredentialProvider(session, ttl=timedelta(0))}
+    how |= {"endpoint": meta.endpoint_url, "region": meta.region_name, "request_payer": "requester_pays" in options}
     limits = {"allow_http": True, "timeout": "365d", "connect_timeout": f"{SILENCE}s", "read_timeout": f"{SILENCE}s"}
     if bundle := botocore.session.get_session().get_config_variable("ca_bundle"):
         limits["root_certificate"] = Path(bundle).read_bytes()
-    key |= {"client_options": limits, "retry_config": {"max_retries": 0}}
-    place = {"endpoint": meta.endpoint_url, "region": meta.region_name}
-    return obstore.store.S3Store(bucket, request_payer="requester_pays" in options, **place, **key)
+    return obstore.store.S3Store(bucket, client_options=limits, retry_config={"max_retries": 0}, **how)
 
 
 # -------------------------------------------------------------------------------------------------------- errors
@@ -237,8 +238,10 @@ def _translate(url, error):
 
 
 def retry(call):
-    """Call, and again for 13 seconds while the connection breaks or the server is busy, unless the program has ended."""
-    # For obstore's requests and the bodies of boto3, which repeats by itself what goes wrong before those.
+    """Call, and again for 13 seconds while the connection breaks or the server is busy, until the program has ended.
+
+    For obstore's requests and the bodies of boto3, which repeats by itself what goes wrong before those.
+    """
     for pause in (0.1, 0.1, 0.2, 0.2, 0.4, 0.4, 0.8, 0.8, 1.6, 1.6, 1.6, 1.6, 3.2):  # seconds, 12.6 together
         try:
             return call()
@@ -457,7 +460,8 @@ def list_files(url):
 def find_files(url, endings):
     """The URLs of the files with one of these endings at any fsspec URL, sorted. Raises NotFound when there are none."""
     with open_filesystem(url) as (filesystem, path):
-        urls = [filesystem.unstrip_protocol(n) for n in sorted(filesystem.find(path)) if n.endswith(tuple(endings))]
+        names = [name for name in sorted(filesystem.find(path)) if name.endswith(tuple(endings))]
+        urls = list(map(filesystem.unstrip_protocol, names))
     if not urls:
         raise NotFound(f"There is no {' or '.join(endings)} file at {url}: check the name.")
     return urls
