@@ -138,12 +138,13 @@ def make_jpegs(size, count, seed):
     return [encode(i, quality) for i in range(count)]
 
 
-def fill(servers, name, files):
-    """Write files into five class folders of the folder `name` of the bucket."""
-    for i, data in enumerate(files):
-        path = Path(servers.folder.name, "images", name, f"class {i % 5}", f"{i:06}.jpg")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+def fill(servers, folders):
+    """Write folders of the bucket, {name: files}, each into five class folders."""
+    for name, files in folders.items():
+        for i, data in enumerate(files):
+            path = Path(servers.folder.name, "images", name, f"class {i % 5}", f"{i:06}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
     time.sleep(1.5)  # the server looks at its folders every second
 
 def as_features(loaders, **said):
