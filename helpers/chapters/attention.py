@@ -300,34 +300,26 @@ def html(examples):
              "PICTURE": picture, "DATA": json.dumps(data).replace("<", "\\u003c")}  # so no token can end the script
     return HTML(re.sub("|".join(parts), lambda found: parts[found[0]], page))
 
-@contextmanager
-def recorded_weights(modules):
-    """A list to which each module's `weights` adds what it returns, in the order in which they run."""
-    record = []
-
-    def record_call(weights, *args):
-        record.append(weights(*args))
-        return record[-1]
-
-    for module in modules:
-        module.weights = functools.partial(record_call, module.weights)  # hides the method of its class
-    try:
-        yield record
-    finally:
-        for module in modules:
-            del module.weights
-
 def collect_convert(model, tokenizer, texts):
     """`collect` for a model with `attention_layers` and its own tokenizer: the windowed layers, then the pooling."""
     names, modules = zip(*model.attention_layers())
     rows = [[ids] for ids in model.tokenizer(texts)]
-    with recorded_weights(modules) as record:
-        def read(ids):
-            record.clear()
-            model(ids)
-            return record
+    record = []
 
+    def keep_weights(module, inputs, _):
+        record.append(module.weights(*inputs))
+
+    def read(ids):
+        record.clear()
+        model(ids)
+        return record
+
+    hooks = [module.register_forward_hook(keep_weights) for module in modules]
+    try:
         weights = read_rows(rows, read, next(model.parameters()).device)
+    finally:
+        for hook in hooks:
+            hook.remove()
     residuals = (*[True] * (len(names) - 1), False)  # the pooling adds nothing to its input
     tokens = [model.tokenizer.pieces(text) for text in texts]
     return [Example(source, source, layers, list(names), residuals) for source, layers in zip(tokens, weights)]
