@@ -79,14 +79,8 @@ def test_10_and_11_measure_what_they_say_side_by_side(embedded, tmp_path, bucket
     before = dict(os.environ)
     results = execute("10", tmp_path, bucket=bucket, loader_images=64, loader_seconds=0.01, scaling=1000, delay=0.001)
     peers = [f"{name}, at once" for name in ("s3torchconnector",) if find_spec(name)]  # make bench installs it
-    for name in (
-        "boto3 loop, at once",
-        "boto3 loop, 1 ms",
-        "least_share_of_the_limit",
-        "epoch_over_longer_of_fetch_and_compute",
-        "cached_epoch_over_local_files",
-        *peers,
-    ):
+    shares = ["least_share_of_the_limit", "epoch_over_longer_of_fetch_and_compute", "cached_epoch_over_local_files"]
+    for name in ["boto3 loop, at once", "boto3 loop, 1 ms", *shares, *peers]:
         assert results[name] > 0.1, f"{name}: a tenth of what it is, even at these sizes, or less"
     kept = json.loads(storage.read(f"{results['run']}/rounds.json"))
     assert kept["machine"]["cores"] and {"boto3 loop", "local files", "S3ImageFolder"} <= {

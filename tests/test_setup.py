@@ -30,17 +30,14 @@ def make(*arguments):
 def test_the_locks_hold_names_versions_and_markers_only_and_the_command_that_makes_them():
     assert LOCK[0].startswith("# uv pip compile pyproject.toml --universal") and BENCH[0].startswith(LOCK[0][:60])
     assert not {*LOCK} & {*BENCH}
-    for line in (*LOCK[1:], *BENCH[1:]):
-        [specifier] = Requirement(line).specifier
-        assert specifier.operator == "==" and not Requirement(line).url and not Requirement(line).extras
-
-
-def test_the_lock_asks_for_cuda_on_linux_only():
-    cuda = [Requirement(line) for line in LOCK[1:] if re.match("nvidia|cuda|triton", line)]
-    assert len(cuda) > 10
+    for line in map(Requirement, (*LOCK[1:], *BENCH[1:])):
+        [specifier] = line.specifier
+        assert specifier.operator == "==" and not line.url and not line.extras
+    cuda = [line for line in map(Requirement, LOCK[1:]) if re.match("nvidia|cuda|triton", line.name)]
+    assert len(cuda) > 10, "and CUDA on Linux only"
     for platform in ("darwin", "win32"):
         elsewhere = {"sys_platform": platform, "python_full_version": "3.11.7"}
-        assert not any(requirement.marker.evaluate(elsewhere) for requirement in cuda)
+        assert not any(line.marker.evaluate(elsewhere) for line in cuda)
 
 
 def test_every_dependency_of_the_project_is_in_the_lock_at_a_version_it_allows():
@@ -53,11 +50,6 @@ def test_every_dependency_of_the_project_is_in_the_lock_at_a_version_it_allows()
             assert wanted.specifier.contains(str(specifier).removeprefix("=="))
 
 
-def test_environment_yml_is_python_and_pip_then_the_lock_and_the_project():
-    *conda, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert conda == ["python=3.11", "pip"] and pip == {"pip": ["-r requirements.lock", "-e ."]}
-
-
 def test_what_the_lock_installs_is_here_and_fits_together():
     """As conda's pip asks, which resolves the lock where `make setup` takes it as it is."""
     applies = lambda requirement: not requirement.marker or requirement.marker.evaluate({"extra": ""})
@@ -68,10 +60,13 @@ def test_what_the_lock_installs_is_here_and_fits_together():
         assert requirement.specifier.contains(metadata.version(requirement.name), prereleases=True), requirement
 
 
-def test_make_passes_notebooks_and_parameters_on_and_a_second_one_installs_nothing():
+def test_conda_ci_and_make_install_the_lock_once_and_pass_on_what_they_are_given():
+    *conda, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert conda == ["python=3.11", "pip"] and pip == {"pip": ["-r requirements.lock", "-e ."]}
     command = make("run", "NOTEBOOKS=02 03", "ARGS=-p epochs 3").splitlines()[-1]
     assert command.split()[1:] == "-m helpers run 02 03 -p epochs 3".split()
     assert "pip install" not in make("run") + make("test") + make("lab")
+    assert all("\nmake test" in (ROOT / name).read_text() for name in ("README.md", ".ci/run"))
 
 
 def test_the_readmes_commands_work_as_typed(embedded, tmp_path, monkeypatch):
@@ -95,8 +90,3 @@ def test_the_readmes_commands_work_as_typed(embedded, tmp_path, monkeypatch):
         assert processes.main(words[words.index("helpers") + 2 :]) == 0, line
     assert len(list((tmp_path / "site").glob("*.html"))) == len(NOTEBOOKS) + 1, "and the index"
     assert any(len(list(run.glob("02_*-0[1-4].ipynb"))) == 4 for run in (tmp_path / "runs").iterdir()), "the sweep"
-
-
-def test_ci_calls_the_readmes_test_command():
-    assert "\nmake test" in (ROOT / "README.md").read_text()
-    assert "\nmake test" in (ROOT / ".ci/run").read_text()
