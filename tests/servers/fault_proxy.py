@@ -15,7 +15,7 @@ import urllib.parse
 
 BLOCK = 1 << 18
 ERROR = """<?xml version="1.0" encoding="UTF-8"?>
-<Error><Code>{}</Code><Message>{}</Message><RequestId>proxy</RequestId></Error>"""
+<Error><Code>{0}</Code><Message>{0}</Message><RequestId>proxy</RequestId></Error>"""
 
 
 @contextlib.contextmanager
@@ -48,19 +48,17 @@ class FaultProxy(socketserver.ThreadingTCPServer):
     """
 
     daemon_threads, block_on_close, request_queue_size = True, False, 128
+    slow_down_every = reset_every = truncate_every = delay = speed = 0
+    no_copy, on_request, latest = False, None, ""
+    requests = slow_downs = resets = truncations = copies_refused = 0
 
-    def __init__(
-        self, upstream_url, slow_down_every=0, reset_every=0, truncate_every=0, no_copy=False, delay=0.0, speed=0
-    ):
+    def __init__(self, upstream_url, **settings):
         super().__init__(("127.0.0.1", 0), Connection)
         upstream = urllib.parse.urlsplit(upstream_url)
         self.upstream, self.url = (upstream.hostname, upstream.port), f"http://127.0.0.1:{self.server_address[1]}"
-        self.slow_down_every, self.reset_every, self.truncate_every = slow_down_every, reset_every, truncate_every
-        self.no_copy, self.delay, self.speed, self.on_request = no_copy, delay, speed, None
-        self.latest, self.headers = "", {}
-        self.requests = self.slow_downs = self.resets = self.truncations = self.copies_refused = 0
-        self.lock, self.idle, self.clients = threading.Lock(), [], set()
+        self.lock, self.idle, self.clients, self.headers = threading.Lock(), [], set(), {}
         self.candidates = {"slow_downs": 0, "resets": 0, "truncations": 0}  # the requests that each could have hit
+        vars(self).update(settings)
 
     def count(self, counter):
         with self.lock:
@@ -184,14 +182,14 @@ class Connection(socketserver.BaseRequestHandler):
         time.sleep(proxy.delay)
         keep = version == "HTTP/1.1" and "close" not in headers.get("connection", "").lower()
         if proxy.due("slow_downs", proxy.slow_down_every, 0):
-            self.refuse(method, headers, expects, "503 Slow Down", "SlowDown", "Please reduce your request rate.")
+            self.refuse(method, headers, expects, "503 Slow Down", "SlowDown")
             return keep
         if proxy.due("resets", proxy.reset_every, proxy.reset_every // 2):
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return False
         if proxy.no_copy and method == "PUT" and "x-amz-copy-source" in headers:
             proxy.count("copies_refused")
-            self.refuse(method, headers, expects, "501 Not Implemented", "NotImplemented", "A copy is not implemented.")
+            self.refuse(method, headers, expects, "501 Not Implemented", "NotImplemented")
             return keep
         upstream = proxy.connect()
         try:
@@ -201,13 +199,13 @@ class Connection(socketserver.BaseRequestHandler):
             raise
         return keep
 
-    def refuse(self, method, headers, expects, status, code, message):
+    def refuse(self, method, headers, expects, status, code):
         """Read the request's body and answer with S3's XML of an error."""
         if expects:
             self.client.send([b"HTTP/1.1 100 Continue\r\n\r\n"])
         for _ in self.client.body(headers):
             pass
-        body = ERROR.format(code, message)
+        body = ERROR.format(code)
         head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
         self.client.send([(head + body * (method != "HEAD")).encode()])
 
