@@ -283,15 +283,16 @@ def test_all_callbacks_together_go_on_where_training_was_cut_off_and_in_a_second
     with pytest.raises(ZeroDivisionError):
         cut_off.fit(3, [*everything(runs[1], monitor), Call(after_step=at(8, fail), order=LAST)])
     assert len(rows_of(runs[1], "history")) == 1 and picture(runs[1], "gradients")
-    again.fit(3, everything(runs[1], monitor))
+    note = Call(after_fit=lambda loop: bars.append((loop.bar.n, loop.bar.total)))
+    again.fit(3, [*everything(runs[1], monitor), note])
     for loop, run in zip((whole, again), runs):
-        loop.fit(1, [*everything(run, monitor), Call(after_fit=lambda loop: bars.append((loop.bar.n, loop.bar.total)))])
+        loop.fit(1, [*everything(run, monitor), note])
         assert [row["epoch"] for row in rows_of(run, "history")] == ["1", "2", "3", "4"]
         logs = [logged(f"{run.url}/log/{name}") for name in storage.list_files(f"{run.url}/log")]
         assert 4 in {step for log in logs for step, _ in log.get("train/loss", ())}
     assert same(again.model, whole.model) and timeless(again.history) == timeless(whole.history)
     gradients = rows_of(runs[0], "gradients")
     assert gradients == rows_of(runs[1], "gradients") and {row["epoch"] for row in gradients} == {"1", "2", "3", "4"}
-    assert bars == [(4, 4)] * 2
+    assert bars == [(12, 12), (4, 4), (4, 4)]
     one, two = (experiment.load_model(f"{run.url}/checkpoints/best") for run in runs)
     assert one[1] == two[1] and all(torch.equal(one[0][name], two[0][name]) for name in one[0])

@@ -292,7 +292,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_those_that_a_kill_left_behind_g
     loop = trainee()
     assert len(loop.fit(2, [Checkpoint(str(tmp_path), keep=3)])) == 2 and loop.steps == 22  # from the one before
     for epochs in 2, 3:  # with no step left, and with some
-        trainee().fit(epochs, [Checkpoint(str(tmp_path), every="end", keep=1)])
+        trainee().fit(epochs, [Checkpoint(str(tmp_path), keep=1)])
         assert [path.name for path in tmp_path.iterdir()] == [f"step_{11 * epochs:09d}_000000000.safetensors"]
 
 
