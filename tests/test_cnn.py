@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import hashlib
 import http.server
 import io
@@ -70,12 +71,9 @@ def test_a_model_trains_and_comes_back_with_the_same_outputs_and_ready_to_predic
     assert torch.equal(loaded(inputs), model.eval()(inputs))
 
 
-def test_a_vision_transformer_is_built_for_the_size_of_its_images():
+def test_a_vision_transformer_is_built_for_its_images_and_what_is_not_there_is_an_error_that_names_the_way_out():
     with torch.device("meta"):  # without the 86 million numbers
         assert cnn.build("vit_b_16", 3, 64)(torch.rand(1, 3, 64, 64)).shape == (1, 3)
-
-
-def test_what_is_not_there_is_an_error_that_names_the_way_out():
     for name in "vgg", "maskrcnn_resnet50_fpn":  # one that torchvision lacks, one that detects
         with pytest.raises(ValueError, match=f"'{name}'.*small_cnn.*efficientnet_lite0.*densenet201.*resnet18"):
             cnn.build(name, 7)
@@ -141,8 +139,8 @@ def serve_weights(folder, monkeypatch):
     torch.save(state, data)
     name = f"resnet18-{hashlib.sha256(data.getvalue()).hexdigest()[:8]}.pth"
     (folder / name).write_bytes(data.getvalue())
-    handler = type("Handler", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: handler(*args, directory=folder)) as server:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         redirect(monkeypatch, f"http://127.0.0.1:{server.server_port}/{name}")
         yield state
@@ -184,20 +182,11 @@ def test_02_fine_tunes_and_03_predicts_any_picture(tmp_path):
     for number in range(4):
         name = ("dots", "stripes")[number % 2]
         storage.write(f"s3://pictures/textures/val/{name}/{number}.png", picture(name, 100 + number))
-    results = execute(
-        "02",
-        tmp_path,
-        bucket="pictures",
-        dataset="textures",
-        architecture="efficientnet_lite0",
-        epochs=1,
-        pretrained="imagenet",
-        image_size=56,
-        transfer_size=56,
-    )
-    assert results["val_accuracy"] == 1
-    for name in "frozen_accuracy_10", "frozen_accuracy_40", "finetuned_accuracy_10", "finetuned_accuracy_40":
-        assert results[name] == 1
+    data = dict(bucket="pictures", dataset="textures")
+    network = dict(architecture="efficientnet_lite0", pretrained="imagenet", image_size=56, transfer_size=56)
+    results = execute("02", tmp_path, epochs=1, **data, **network)
+    pretrained = {f"{way}_accuracy_{count}" for way in ("frozen", "finetuned") for count in (10, 40)}
+    assert {results[name] for name in ("val_accuracy", *pretrained)} == {1}
     assert 0 <= results["scratch_accuracy_10"] <= 1 and 0 <= results["scratch_accuracy_40"] <= 1
 
     folder = tmp_path / "mine"
@@ -206,9 +195,7 @@ def test_02_fine_tunes_and_03_predicts_any_picture(tmp_path):
     storage.write(f"{folder}/sub/2", picture("stripes", 202, ".webp"))
     storage.write("s3://pictures/one.png", picture("stripes", 203, shape=(32, 40)))  # grey
     storage.write(f"{folder}/notes.txt", b"no picture")
-    results = execute(
-        "03", tmp_path, bucket="pictures", dataset="textures", image_url=f"{folder}, s3://pictures/one.png"
-    )
+    results = execute("03", tmp_path, image_url=f"{folder}, s3://pictures/one.png", **data)
     assert (results["test_accuracy"], results["pictures"], results["pictures_left_out"]) == (1, 3, 1)
     [page] = tmp_path.glob("*/03*.ipynb")
     assert "notes.txt: not an image" in page.read_text()
@@ -222,12 +209,8 @@ def test_a_class_name_that_is_html_stays_text_in_the_table_of_03():
     names = ["<img src=x onerror=alert(1)>", "[a](javascript:b) | *c*", "leaf_spot"]
     page = nbformat.read(storage.REPOSITORY / "notebooks/03_inference_from_s3.ipynb", 4)
     cells = [cell.source for cell in page.cells if "| class |" in cell.source or cell.source.startswith("import")]
-    made = {
-        "classes": names,
-        "predictions": torch.tensor([0, 1, 2]),
-        "targets": torch.tensor([0, 1, 2]),
-        "count": {"num_classes": 3},
-    }
+    numbers = torch.arange(3)
+    made = {"classes": names, "predictions": numbers, "targets": numbers, "count": {"num_classes": 3}}
     exec("\n".join(cells).replace("Markdown(table)", "shown = Markdown(table)"), made)
     html = markdown2html(made["shown"].data)
     assert "<img" not in html and "<a" not in html and "<em>" not in html
