@@ -137,7 +137,6 @@ def make_jpegs(size, count, seed):
     quality = min(range(5, 100, 2), key=lambda quality: abs(len(encode(0, quality)) - wanted))
     return [encode(i, quality) for i in range(count)]
 
-
 def fill(servers, folders):
     """Write folders of the bucket, {name: files}, each into five class folders."""
     for name, files in folders.items():
