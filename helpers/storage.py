@@ -155,9 +155,7 @@ def client(bucket=None):
     limits = {"max_pool_connections": THREADS, "connect_timeout": SILENCE, "read_timeout": SILENCE}
     place = {"endpoint_url": options.get("endpoint_url"), **options.get("client_kwargs", {})}
     config = Config(signature_version=botocore.UNSIGNED if "anon" in options else None, **limits)
-    # boto3 itself, since a session of its own would read what AWS offers again, which takes 0.2 s.
-    session = boto3.Session(profile_name=options["profile"]) if "profile" in options else boto3
-    made = session.client("s3", config=config, **place)
+    made = boto3.Session(profile_name=options.get("profile")).client("s3", config=config, **place)
     if "requester_pays" in options:
         add_header = lambda request, **_: request.headers.add_header("x-amz-request-payer", "requester")
         made.meta.events.register("before-sign.s3", add_header)

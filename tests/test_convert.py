@@ -10,6 +10,7 @@ import tracemalloc
 from collections import Counter
 from functools import partial
 
+import chitchat_dataset
 import pytest
 import sentencepiece
 import torch
@@ -23,6 +24,7 @@ from helpers.chapters import convert, evaluation
 from helpers.chapters.convert import PADDING, ConveRT, Tokenizer, collate, pad, preset, train_tokenizer
 from helpers.chapters.dialogues import Batches, Dialogues
 from helpers.training import TrainLoop
+from cells import run_cells
 from loops import LAST, Call, at, fail, same, timeless
 from servers import free_port
 from servers.embedded import connected
@@ -300,6 +302,20 @@ def test_a_file_is_read_as_it_arrives_and_not_kept(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4e6
+
+
+def test_conversations_of_the_package_are_written_once_with_their_older_turns(s3, monkeypatch):
+    some = dict(list(chitchat_dataset.Dataset().items())[::50])
+    given = dict(dialogues="chitchat", bucket="dialogues", parameters={}, experiment=experiment)
+    monkeypatch.setattr(chitchat_dataset, "Dataset", lambda: some)
+    url = f"{s3}/dialogues/chitchat"
+    for _ in range(2):
+        run_cells("04b", "def make_records", "def put_dialogues", names=dict(given))
+        written = storage.objects(url)
+    assert len(written) == 8 and storage.objects(url) == written
+    pairs = list(Dialogues(url))
+    assert len(pairs) > 1500 and sum(len(pair["turns"]) > 1 for pair in pairs) > 0.9 * len(pairs)
+    assert {pair["thread"] for pair in pairs} <= {*some}
 
 
 def test_conversations_stay_whole_in_one_of_three_parts(tmp_path):

@@ -278,13 +278,17 @@ def test_a_model_that_has_learned_no_jokes_or_is_a_pickle_is_refused_in_one_sent
         jokes.load("s3://jokes/models/none")
 
 
-def test_minilm_is_a_decoder_with_the_weights_of_the_package_or_random_ones():
+def test_minilm_is_a_decoder_with_the_weights_of_the_package_unless_they_are_damaged(tmp_path, monkeypatch):
     name = "encoder.layer.3.attention.self.query.weight"
     weight = safetensors.torch.load((minilm.get_model_path() / "model.safetensors").read_bytes())[name]
     for base, same in ("minilm", True), ("scratch-minilm", False):
         model, tokenizer = jokes.load_base(base, [], 96)
         assert isinstance(model, BertLMHeadModel) and model.config.is_decoder and model.num_parameters() > 22e6
         assert torch.equal(model.state_dict()[f"bert.{name}"], weight) == same
+    (tmp_path / "model.safetensors").write_bytes(b"something else")
+    monkeypatch.setattr(minilm, "get_model_path", lambda: tmp_path)
+    with pytest.raises(storage.StorageError, match="model.safetensors is damaged"):
+        jokes.load_base("minilm", [], 96)
 
 
 @pytest.fixture

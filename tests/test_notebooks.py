@@ -99,6 +99,31 @@ def test_from_any_folder_and_by_any_tool_it_is_the_same(whole, moto_env, tmp_pat
         assert contents(bucket) | record == whole.contents | record
 
 
+@pytest.mark.slow
+def test_every_notebook_of_images_from_every_folder_and_by_every_tool(whole, embedded, tmp_path, bucket, every):
+    """01 and 02 by papermill's command from three folders and from S3 to S3; 01 to 03 by nbconvert and by nbmake."""
+    options = {"01": {"dataset_zip": every(6)}, "02": SHORT, "03": {}}
+    storage.create_bucket(f"{bucket}-notebooks")
+    for number in options:
+        storage.write(f"s3://{bucket}-notebooks/{number}.ipynb", BY_NUMBER[number].read_bytes())
+    trained = {name: value for name, value in whole.contents.items() if not name.startswith("runs/inference")}
+    for i, folder in enumerate((ROOT, ROOT / "notebooks", tmp_path, None)):
+        for number in "01", "02":
+            words = [word for item in options[number].items() for word in ("-p", *item)]
+            place = BY_NUMBER[number], tmp_path / "out.ipynb"
+            if folder is None:
+                place = f"s3://{bucket}-notebooks/{number}.ipynb", f"s3://{bucket}-notebooks/out.ipynb"
+            call(folder or tmp_path, "papermill", *place, "-p", "bucket", f"{bucket}-{i}", *words)
+        assert contents(f"{bucket}-{i}") == trained
+    tools = ("jupyter", "nbconvert", "--execute", "--to", "notebook", "--inplace"), ("pytest", "--nbmake")
+    for tool in tools:
+        for number in options:
+            given = options[number] | {"bucket": f"{bucket}-{tool[0]}"}
+            papermill.execute_notebook(BY_NUMBER[number], tmp_path / f"{number}.ipynb", given, prepare_only=True)
+            call(tmp_path, *tool, f"{number}.ipynb")
+        assert contents(f"{bucket}-{tool[0]}") == whole.contents
+
+
 def test_helpers_are_found_beside_a_notebook_without_installing(tmp_path):
     code = (
         "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder)]\n"

@@ -187,27 +187,34 @@ def summarise(found, mine):
     return rows
 
 
+def describe(setting):
+    """The words of a setting: a number is that of the workers."""
+    return [f"{part} workers" if isinstance(part, int) else part for part in setting]
+
+
 def as_table(all_rates, mine):
     """all_rates: {(server, size, …): {contender: rounds}}."""
-    lines = ["| server | size | | | images/s | of the rounds | µs an image | ratio |",
-             "|:--|--:|--:|:--|--:|--:|--:|--:|"]
+    lines = ["| server | size | | loader | images/s | of the rounds | µs an image | ratio |",
+             "|:--|--:|:--|:--|--:|--:|--:|--:|"]
     for setting, found in all_rates.items():
         for contender, (rate, low, high, used, ratio) in summarise(found, mine).items():
-            lines.append(f"| {' | '.join(map(str, setting))} | {contender} | {rate:,.0f} | {low:,.0f} – {high:,.0f} "
+            lines.append(f"| {' | '.join(describe(setting))} | {contender} | {rate:,.0f} | {low:,.0f} – {high:,.0f} "
                          f"| {used:,.0f} | {ratio:.2f} |")
     return Markdown("\n".join(lines))
 
 def as_bars(all_rates):
     """A figure with a panel for each setting."""
-    figure, axes = plt.subplots(1, len(all_rates), figsize=(2.2 * len(all_rates), 3), sharey=True, squeeze=False)
-    names = max(all_rates.values(), key=len)
-    for axis, (setting, found) in zip(axes[0], all_rates.items()):
+    names, columns = max(all_rates.values(), key=len), min(len(all_rates), 4)
+    rows = -(-len(all_rates) // columns)
+    size = 2.5 * columns, rows * (0.8 + 0.3 * len(names))
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    for axis, (setting, found) in zip(axes.flat, all_rates.items()):
         for i, contender in enumerate(names):
             if contender in found:
                 rate = np.median(np.array(found[contender])[:, 0])
                 bars = axis.barh(i, rate, color=f"C{i}", alpha=0.8)
                 axis.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=7)
-        axis.set_title(", ".join(str(part) for part in setting), fontsize=8)
+        axis.set_title(", ".join(describe(setting)), fontsize=8)
         axis.margins(x=0.35)
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
@@ -219,8 +226,10 @@ def as_verdict(wanted):
     """wanted: {name: (value, goal)}."""
     lines = ["| | least | goal | |", "|:--|--:|--:|:--|"]
     for name, (value, goal) in wanted.items():
-        said = "reached" if value >= goal else "not measured" if np.isnan(value) else "**short of it**"
-        lines.append(f"| {name} | {value:.2f} | {goal} | {said} |")
+        if np.isnan(value):
+            lines.append(f"| {name} | | {goal} | not measured |")
+        else:
+            lines.append(f"| {name} | {value:.2f} | {goal} | {'reached' if value >= goal else '**short of it**'} |")
     return Markdown("\n".join(lines))
 
 def save_rounds(run, **tables):

