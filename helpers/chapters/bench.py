@@ -204,7 +204,7 @@ def as_table(all_rates, mine):
 
 def as_bars(all_rates):
     """A figure with a panel for each setting."""
-    names, columns = max(all_rates.values(), key=len), min(len(all_rates), 4)
+    names, columns = max(all_rates.values(), key=len), 3 if len(all_rates) % 4 else 4
     rows = -(-len(all_rates) // columns)
     size = 2.5 * columns, rows * (0.8 + 0.3 * len(names))
     figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
@@ -216,6 +216,8 @@ def as_bars(all_rates):
                 axis.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=7)
         axis.set_title(", ".join(describe(setting)), fontsize=8)
         axis.margins(x=0.35)
+    for axis in axes.flat[len(all_rates):]:
+        axis.axis("off")
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
     figure.supxlabel("images/s", fontsize=8)
