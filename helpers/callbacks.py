@@ -199,7 +199,7 @@ class Checkpoint(Callback):
                 names.pop()
                 continue
             loop.load_state_dict(state)
-            self._delete_old(loop, names)  # training may have been killed before it did so
+            self._delete_old(names)  # training may have been killed before it did so
             break
 
     def after_step(self, loop):
@@ -223,12 +223,11 @@ class Checkpoint(Callback):
         whole = all(weight.isfinite().all() for weight in loop.model.parameters())  # NaN cannot be trained on
         if whole and loop.accelerator.is_main_process:
             storage.write(f"{self.url}/step_{loop.steps:09d}_{loop.batch:09d}.safetensors", state_to_safetensors(state))
-            self._delete_old(loop, self._names())
+            self._delete_old(self._names())
 
-    def _delete_old(self, loop, names):
-        if loop.accelerator.is_main_process:
-            for name in names[: -self.keep]:
-                storage.delete(f"{self.url}/{name}")
+    def _delete_old(self, names):
+        for name in names[: -self.keep]:
+            storage.delete(f"{self.url}/{name}")  # of several processes, only the first one does
 
     def _names(self):
         return [name for name in storage.list_files(self.url) if re.fullmatch(r"step_\d+_\d+\.safetensors", name)]

@@ -104,7 +104,7 @@ def test_every_notebook_of_images_from_every_folder_and_by_every_tool(whole, emb
     """01 and 02 by papermill's command from three folders and from S3 to S3; 01 to 03 by nbconvert and by nbmake."""
     options = {"01": {"dataset_zip": every(6)}, "02": SHORT, "03": {}}
     storage.create_bucket(f"{bucket}-notebooks")
-    for number in options:
+    for number in "01", "02":
         storage.write(f"s3://{bucket}-notebooks/{number}.ipynb", BY_NUMBER[number].read_bytes())
     trained = {name: value for name, value in whole.contents.items() if not name.startswith("runs/inference")}
     for i, folder in enumerate((ROOT, ROOT / "notebooks", tmp_path, None)):

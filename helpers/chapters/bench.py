@@ -204,7 +204,7 @@ def as_table(all_rates, mine):
 
 def as_bars(all_rates):
     """A figure with a panel for each setting."""
-    names, columns = max(all_rates.values(), key=len), 3 if len(all_rates) % 4 else 4
+    names, columns = max(all_rates.values(), key=len), min(len(all_rates), 3 if len(all_rates) % 4 else 4)
     rows = -(-len(all_rates) // columns)
     size = 2.5 * columns, rows * (0.8 + 0.3 * len(names))
     figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
