@@ -458,9 +458,10 @@ def list_files(url):
 
 
 def find_files(url, endings):
-    """The URLs of the files with one of these endings at any fsspec URL, sorted. Raises NotFound when there are none."""
+    """The URLs of the files with one of these endings at any fsspec URL or glob, sorted. Raises NotFound without any."""
     with open_filesystem(url) as (filesystem, path):
-        names = [name for name in sorted(filesystem.find(path)) if name.endswith(tuple(endings))]
+        found = filesystem.find(path) or [name for match in filesystem.glob(path) for name in filesystem.find(match)]
+        names = [name for name in sorted(found) if name.endswith(tuple(endings))]
         urls = list(map(filesystem.unstrip_protocol, names))
     if not urls:
         raise NotFound(f"There is no {' or '.join(endings)} file at {url}: check the name.")

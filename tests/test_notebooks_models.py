@@ -2,39 +2,39 @@
 
 import json
 import os
-import random
-from importlib.util import find_spec
 
 import chitchat_dataset
 import cv2
 
-from helpers import storage
+from helpers import experiment, storage
 from helpers.chapters import bench
+from helpers.chapters.dialogues import Dialogues
+from cells import run_cells
 from executed import execute
 
 
-def test_04_learns_from_a_few_pairs_and_finds_replies(embedded, tmp_path, bucket):
-    """In a user's own file, with a quarter of the conversations in it."""
-    lines = []
-    for thread, conversation in list(chitchat_dataset.Dataset().items())[::4]:
-        turns = [" ".join(message["text"] for message in group) for group in conversation["messages"]]
-        for older, context, reply in zip(turns, turns[1:], turns[2:]):
-            if all(3 <= len(text.split()) <= 60 for text in (context, reply)):
-                record = {"context": context, "context/0": older, "response": reply, "thread_id": thread}
-                lines.append(json.dumps(record))
-    random.Random(0).shuffle(lines)
-    (tmp_path / "own.jsonl").write_text("\n".join(lines))
-    options = dict(few_pairs=300, few_epochs=3, pairs=4000, full_pairs=512, held_out_pairs=200, batch_size=256)
-    options |= dict(dialogues=str(tmp_path / "own.jsonl"), curve="", draws=1, benchmark="tiny")
-    results = execute("04", tmp_path, bucket=bucket, **options)
+def test_04_learns_from_a_few_pairs_and_finds_replies(embedded, tmp_path, bucket, monkeypatch):
+    """With the beginnings of some conversations, which are written to the bucket once, with their older turns."""
+    some, url = dict(list(chitchat_dataset.Dataset().items())[::3]), f"s3://{bucket}/dialogues/chitchat"
+    some = {thread: talk | {"messages": talk["messages"][:4]} for thread, talk in some.items()}
+    monkeypatch.setattr(chitchat_dataset, "Dataset", lambda: some)
+    storage.create_bucket(bucket)
+    names = dict(dialogues="chitchat", bucket=bucket, parameters={}, experiment=experiment)
+    run_cells("04b", "def make_records", "def put_dialogues", names=names)
+    written, pairs = storage.objects(url), list(Dialogues(url))
+    assert len(written) == 8 and {pair["thread"] for pair in pairs} <= {*some}
+    assert len(pairs) > 4_000 and sum(len(pair["turns"]) > 1 for pair in pairs) > 0.5 * len(pairs)
+    options = dict(few_pairs=180, pairs=3000, model_size="tiny", full_pairs=256, held_out_pairs=200, batch_size=128)
+    results = execute("04", tmp_path, bucket=bucket, curve="", draws=1, benchmark="tiny", **options)
+    assert results["pairs"] == 3000 and storage.objects(url) == written
     assert results["loss_after"] < results["loss_before"] - 0.3
     assert results["known_recall_after"] > results["known_recall_before"] + 0.1 > 0.11, "chance is 0.01"
-    assert results["recall_at_1_of_100"] >= 0.12, "chance is 0.01"
-    assert min(results["multi_context_mrr"], results["mrr"]) > 0.18, "chance is 0.05"
+    assert results["recall_at_1_of_100"] >= 0.06, "chance is 0.01"
+    assert min(results["multi_context_mrr"], results["mrr"]) > 0.12, "chance is 0.05"
     assert abs(results["recall_at_1_of_100"] - results["quantized_recall_at_1_of_100"]) <= 0.01
-    assert 0.1 < results["tfidf_recall_at_1_of_100"] < 0.3 and results["pairs"] == 4000
+    assert 0.04 < results["tfidf_recall_at_1_of_100"] < 0.3 and results["pairs_per_second"] > 0
     assert results["padding_free_speedup"] > 1 and results["padding_free_loss_difference"] < 1e-4
-    assert results["model_bytes"] < 11e6 and results["pairs_per_second"] > 0
+    assert results["model_bytes"] < 4e6
 
 
 def test_05_to_07_train_look_and_tell_in_one_bucket(embedded, tmp_path, bucket):
@@ -42,8 +42,10 @@ def test_05_to_07_train_look_and_tell_in_one_bucket(embedded, tmp_path, bucket):
     extra.write_text("Ladies and gentlemen, thank you for coming tonight. " * 10)
     lines = (storage.REPOSITORY / "data_samples/jokes.csv").read_text().splitlines(keepends=True)
     table.write_text("".join([*lines[:101], "101,Too few fields\n"]))
-    models = dict(epochs=1, max_length=32, base_model="minilm", base_models="small", sample_size=8)
-    results = execute("05", tmp_path, bucket=bucket, jokes_csv=str(table), extra_text=str(extra), **models)
+    models = dict(epochs=1, max_length=32, base_model="minilm", base_models="small", sample_size=8, batch_size=8)
+    results = execute(
+        "05", tmp_path, bucket=bucket, jokes_csv=str(table), extra_text=str(extra), learning_rate=0.002, **models
+    )
     assert (results["jokes_kept"], results["jokes_dropped"]) == (100, 1) and results["jokes_too_long"] > 0
     assert results["perplexity_after"] < results["perplexity_before"] / 4 and results["tokens_per_second"] > 0
     assert 0 < results["distinct_2"] <= 1 and results["copied_share"] < 0.5 and results["base_model"] == "minilm"
@@ -59,9 +61,9 @@ def test_05_to_07_train_look_and_tell_in_one_bucket(embedded, tmp_path, bucket):
     assert (results["jokes_told"], results["votes_counted"], results["calls_repeated"]) == (1, 1, 2), "on Telegram"
 
     missing = f"s3://{bucket}/models/not-there"  # which it goes on without
-    results = execute("06", tmp_path, bucket=bucket, examples=10, epochs=5, convert_url=missing)
+    results = execute("06", tmp_path, bucket=bucket, examples=10, epochs=4, gpt2_url=url, convert_url=missing)
     assert results["alignment_accuracy"] >= 0.9 and results["seconds_per_heatmap"] > 0
-    assert results["heatmaps"] == 10 + 4 * 5 + 2  # and the rollout of two jokes
+    assert results["heatmaps"] == 10 + 4 * 4 + 2  # and the rollout of two jokes
     assert {"plots/joke.png", "dates.html"} <= storage.objects(results["run_url"]).keys()
 
 
@@ -78,26 +80,20 @@ def test_09_trains_on_two_processes_and_rents_a_machine(embedded, tmp_path, buck
 def test_10_and_11_measure_what_they_say_side_by_side(embedded, tmp_path, bucket):
     before = dict(os.environ)
     results = execute("10", tmp_path, bucket=bucket, loader_images=64, loader_seconds=0.01, scaling=1000, delay=0.001)
-    peers = [f"{name}, at once" for name in ("s3torchconnector",) if find_spec(name)]  # make bench installs it
     shares = ["least_share_of_the_limit", "epoch_over_longer_of_fetch_and_compute", "cached_epoch_over_local_files"]
-    for name in ["boto3 loop, at once", "boto3 loop, 1 ms", *shares, *peers]:
+    for name in ["boto3 loop, at once", "boto3 loop, 1 ms", *shares]:
         assert results[name] > 0.1, f"{name}: a tenth of what it is, even at these sizes, or less"
-    kept = json.loads(storage.read(f"{results['run']}/rounds.json"))
-    assert kept["machine"]["cores"] and {"boto3 loop", "local files", "S3ImageFolder"} <= {
-        row["contender"] for row in kept["rounds"]
-    }
+    assert json.loads(storage.read(f"{results['run']}/rounds.json"))["machine"]["cores"]
     bench.draw(f"{results['run']}/rounds.json", tmp_path / "chart.png")
     assert cv2.imread(str(tmp_path / "chart.png")).shape[1] > 800, "four panels side by side"
     rows = bench.gather(next(tmp_path.glob("*/10_*.ipynb")).parent).splitlines()[1:]
     assert f"{results['bytes_an_object']:,}" in [row.split()[-1] for row in rows]
 
     packed = execute("11", tmp_path, bucket=bucket, packed_images=64, delay=0.001)
-    for name in ("webdataset", *filter(find_spec, ["litdata"])):
-        assert packed[f"packed_over_{name}"] > 0.1, name
-    gets = packed["gets"]
+    assert packed["packed_over_webdataset"] > 0.1
+    gets, million = packed["gets"], packed["cost"][-1]
     assert gets["loose"] == [64, 64] and gets["loose, cached on disk"] == [64, 0]
     assert max(gets["packed"] + gets["packed, in blocks"]) <= 3, "the index and the one shard, then nothing"
-    million = packed["cost"][-1]
     assert million["packed, fully random, $ a million"] > 0.3, "of a million images few lie side by side"
     assert million["packed, in blocks, $ a million"] < 0.005 and million["loose, $ a million"] == 0.4
     assert {"plots/packed.png", "plots/requests.png", "rounds.json"} <= storage.objects(packed["run"]).keys()

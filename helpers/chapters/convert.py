@@ -288,12 +288,6 @@ def join_older(turns, length):
     return " ".join(" ".join(turns[1:TURNS + 1]).split()[:length])
 
 
-def combine(context, older, has_older):
-    """Unit vectors (texts, width) of last and of older turns -> of older ones (without any, the last), and of both."""
-    older = torch.where(has_older, older, context)
-    return [older, F.normalize(context + older, dim=1)]
-
-
 def collate(examples, tokenizer, multi_context=False):
     """Examples -> {"context": padded ids (examples, length), "reply": … and, for multi_context, "extra": …}."""
     texts = {"context": [each["turns"][0] for each in examples], "reply": [each["reply"] for each in examples]}
@@ -310,11 +304,6 @@ class DualEncoder(Reader):
         self.towers = nn.ModuleDict({name: Tower(config) for name in names})
         self.similarity = nn.Parameter(torch.zeros(()))  # C, before it is bounded
 
-    @property
-    def scale(self):
-        """C, within 0 and √output_width."""
-        return self.config.output_width**0.5 * self.similarity.sigmoid()
-
     def encode(self, batch):
         """Contexts (kinds, texts, output_width), of the last turn or, with "extra", of last, older and all; replies."""
         length = max(ids.shape[1] for ids in batch.values())
@@ -323,7 +312,8 @@ class DualEncoder(Reader):
         vectors = {name: self.towers[name](part) for name, part in parts}
         contexts = [vectors["context"]]
         if "extra" in batch:
-            contexts += combine(*contexts, vectors["extra"], (batch["extra"] != PADDING).any(1, keepdim=True))
+            older = torch.where((batch["extra"] != PADDING).any(1, keepdim=True), vectors["extra"], *contexts)
+            contexts += [older, F.normalize(vectors["context"] + older, dim=1)]
         return torch.stack(contexts), vectors["reply"]
 
     def get_loss(self, batch, criterion=None):
@@ -334,7 +324,8 @@ class DualEncoder(Reader):
         if self.training and torch.distributed.is_initialized():
             gather = torch.distributed.nn.functional.all_gather
             replies, all = torch.cat(gather(replies)), torch.cat(gather(own))
-        return contrast(contexts, replies, self.scale, self.config.label_smoothing, own[:, None] == all)
+        scale = self.config.output_width**0.5 * self.similarity.sigmoid()  # C, within 0 and √output_width
+        return contrast(contexts, replies, scale, self.config.label_smoothing, own[:, None] == all)
 
     def get_predictions(self, batch):
         """Cosines (contexts, replies) of the batch that `get_loss` evaluated just before, and which reply is right."""
@@ -420,22 +411,18 @@ class ConveRT(DualEncoder):
             round_weights(self)
 
     def encode_context(self, contexts):
-        turns = [[context] if isinstance(context, str) else list(context) for context in contexts]
-        vectors = self._encode("context", [each[0] for each in turns])
-        if "extra" in self.towers:
-            older = self._encode("extra", [join_older(each, self.config.max_length) for each in turns])
-            vectors = combine(vectors, older, torch.tensor([len(each) > 1 for each in turns])[:, None] > 0)[1]
-        return vectors
+        turns = [[context] if isinstance(context, str) else context for context in contexts]
+        return self._encode([{"turns": each, "reply": ""} for each in turns])[0][-1]
 
     def encode_reply(self, replies):
-        return self._encode("reply", replies)
+        return self._encode([{"turns": [""], "reply": reply} for reply in replies])[1]
 
     @torch.inference_mode()
-    def _encode(self, name, texts):
-        training, ids = self.training, pad(self.tokenizer(texts))
-        vectors = self.eval().towers[name](self(ids.to(self.similarity.device))).float().cpu()
+    def _encode(self, examples):
+        training, batch = self.training, collate(examples, self.tokenizer, self.config.multi_context)
+        vectors = self.eval().encode({name: ids.to(self.similarity.device) for name, ids in batch.items()})
         self.train(training)
-        return vectors
+        return [each.float().cpu() for each in vectors]
 
 def plain_state(model):
     """The exact weights, under the names that they have in a model that is not quantized."""
@@ -461,8 +448,7 @@ def load(url):
         state, saved = experiment.load_model(url)
     except storage.NotFound as error:
         raise storage.NotFound(f"{error} Train one first, with notebook 04 (make run NOTEBOOKS=04).") from None
-    config = Config(**{name: tuple(value) if isinstance(value, list) else value
-                       for name, value in saved["convert"].items()})
+    config = Config(**saved["convert"])
     scales = {name.removesuffix(".scale"): state.pop(name) for name in list(state) if name.endswith(".scale")}
     model = ConveRT(replace(config, quantize=False), Tokenizer(base64.b85decode(saved["tokenizer"]), config))
     model.load_state_dict({name: weight.float() * scales.get(name, 1) for name, weight in state.items()})

@@ -17,7 +17,7 @@ from helpers import storage
 from helpers.chapters.convert import TURNS, collate
 
 def parse_example(line):
-    """A JSON line -> {"turns": [newest, …, oldest], "reply": …, "topic": …, "thread": …}.
+    """A JSON line -> {"turns": [newest, …, oldest], "reply": …, "thread": …}.
 
     Raises ValueError, with the reason, for a line that holds no example.
     """
@@ -26,12 +26,10 @@ def parse_example(line):
         texts = {name: text for name, text in record.items() if isinstance(text, str) and text.strip()}
     except (ValueError, AttributeError):  # a list or a number has no items
         raise ValueError("not a JSON object" if line.strip() else "empty line") from None
-    for name, reason in (("context", "no context"), ("response", "no reply")):
-        if name not in texts:
-            raise ValueError(reason)
+    if missing := {"context", "response"} - texts.keys():
+        raise ValueError(f"no {' and no '.join(sorted(missing))}")
     older = [texts[name] for i in range(TURNS) if (name := f"context/{i}") in texts]
-    return {"turns": [texts["context"], *older], "reply": texts["response"],
-            "topic": record.get("subreddit"), "thread": record.get("thread_id")}
+    return {"turns": [texts["context"], *older], "reply": texts["response"], "thread": record.get("thread_id")}
 
 def assign_split(example):
     """"test", which 10 percent of the threads are, "validation", 5 percent, or "train"."""
