@@ -41,7 +41,6 @@ TOKENIZER = train_tokenizer(TEXTS, preset("tiny", **SMALL))
 
 @pytest.fixture
 def s3(embedded, bucket):
-    """The URL of a new bucket on the embedded server."""
     storage.create_bucket(bucket)
     return f"s3://{bucket}"
 
