@@ -24,7 +24,9 @@ def test_04_learns_from_a_few_pairs_and_finds_replies(embedded, tmp_path, bucket
     written, pairs = storage.objects(url), list(Dialogues(url))
     assert len(written) == 8 and {pair["thread"] for pair in pairs} <= {*some}
     assert len(pairs) > 4_000 and sum(len(pair["turns"]) > 1 for pair in pairs) > 0.7 * len(pairs)
-    options = dict(few_pairs=180, pairs=3000, model_size="tiny", full_pairs=256, held_out_pairs=200, batch_size=128)
+    options = dict(
+        few_pairs=180, few_epochs=2, pairs=3000, model_size="tiny", full_pairs=256, held_out_pairs=200, batch_size=128
+    )
     results = execute("04", tmp_path, bucket=bucket, curve="", draws=1, benchmark="tiny", **options)
     assert results["pairs"] == 3000 and storage.objects(url) == written and results["model_bytes"] < 4e6
     assert results["loss_after"] < results["loss_before"] - 0.3

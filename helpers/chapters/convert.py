@@ -268,17 +268,12 @@ class Tower(nn.Module):
             x = norm(x + F.silu(GELU * layer(x)) / GELU)
         return F.normalize(self.output(x), dim=1)
 
-def contrast(contexts, replies, scale, smoothing, same):
-    """The loss of unit vectors (kinds, texts, width) and (replies, width); same (texts, replies): which are right."""
+def contrast(contexts, replies, scale, smoothing, first=0):
+    """The loss of unit vectors (kinds, texts, width) and (replies, width), of which the texts' own begin at `first`."""
     with torch.autocast(replies.device.type, enabled=False):  # bf16 would lose too much of C times a cosine
         scores = scale * contexts.float() @ replies.float().T
-    targets = (same / same.sum(1, keepdim=True)).expand_as(scores)
-    return F.cross_entropy(scores.flatten(0, 1), targets.flatten(0, 1), label_smoothing=smoothing)
-
-
-def number_rows(ids):
-    """(texts, length) -> a number for each text, the same for equal ones, however padded; large sums wrap around."""
-    return (ids * 1_000_003 ** torch.arange(ids.shape[1], device=ids.device)).sum(1)
+    right = first + torch.arange(contexts.shape[1], device=replies.device)
+    return F.cross_entropy(scores.flatten(0, 1), right.repeat(len(contexts)), label_smoothing=smoothing)
 
 TURNS = 10  # at most so many before the last one
 
@@ -320,12 +315,12 @@ class DualEncoder(Reader):
         """The loss over the replies of all processes, averaged over the kinds of contexts."""
         contexts, replies = self.encode(batch)
         self.evaluated = None if self.training else (contexts, replies)
-        own = all = number_rows(batch["reply"])
+        first = 0
         if self.training and torch.distributed.is_initialized():
-            gather = torch.distributed.nn.functional.all_gather
-            replies, all = torch.cat(gather(replies)), torch.cat(gather(own))
+            first = torch.distributed.get_rank() * len(replies)
+            replies = torch.cat(torch.distributed.nn.functional.all_gather(replies))
         scale = self.config.output_width**0.5 * self.similarity.sigmoid()  # C, within 0 and √output_width
-        return contrast(contexts, replies, scale, self.config.label_smoothing, own[:, None] == all)
+        return contrast(contexts, replies, scale, self.config.label_smoothing, first)
 
     def get_predictions(self, batch):
         """Cosines (contexts, replies) of the batch that `get_loss` evaluated just before, and which reply is right."""
