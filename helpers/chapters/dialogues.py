@@ -92,9 +92,8 @@ class Batches(IterableDataset):
             raise ValueError(f"{self.dialogues.url} has too few examples for each process to have one.")
         examples = itertools.chain.from_iterable(self.dialogues.read_share(*share) for _ in itertools.count())
         order = random.Random(torch.randint(2**62, ()).item())
-        while own > 0:
-            ahead = min(own, 20)  # batches
+        for left in range(own, 0, -20):
+            ahead = min(left, 20)  # batches
             pool = list(itertools.islice(examples, ahead * self.batch_size))
             order.shuffle(pool)
             yield from (self.collate(pool[i::ahead]) for i in range(ahead))
-            own -= ahead
