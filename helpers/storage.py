@@ -458,9 +458,9 @@ def list_files(url):
 
 
 def find_files(url, endings):
-    """The URLs of the files with one of these endings at any fsspec URL or glob, sorted. Raises NotFound without any."""
+    """The URLs of the files with one of these endings at an fsspec URL or glob, sorted. Raises NotFound without any."""
     with open_filesystem(url) as (filesystem, path):
-        found = filesystem.find(path) or [name for match in filesystem.glob(path) for name in filesystem.find(match)]
+        found = filesystem.find(path) or {name for match in filesystem.glob(path) for name in filesystem.find(match)}
         names = [name for name in sorted(found) if name.endswith(tuple(endings))]
         urls = list(map(filesystem.unstrip_protocol, names))
     if not urls:

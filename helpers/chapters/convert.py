@@ -307,7 +307,8 @@ class DualEncoder(Reader):
         vectors = {name: self.towers[name](part) for name, part in parts}
         contexts = [vectors["context"]]
         if "extra" in batch:
-            older = torch.where((batch["extra"] != PADDING).any(1, keepdim=True), vectors["extra"], *contexts)
+            has_older = (batch["extra"] != PADDING).any(1, keepdim=True)
+            older = torch.where(has_older, vectors["extra"], vectors["context"])
             contexts += [older, F.normalize(vectors["context"] + older, dim=1)]
         return torch.stack(contexts), vectors["reply"]
 
