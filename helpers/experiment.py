@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import distributions
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import jinja2
 import psutil
@@ -101,7 +101,7 @@ def _environment():
 
 class Run:
     """A run's folder, `url`/{UTC time}: hyperparameters.json, environment.json, code.py (what ran), history.csv,
-    plots/, predictions.safetensors, model/, metrics.json, and report.html, a page about all of it.
+    plots/, model/, metrics.json, and report.html, a page about all of it.
 
     `finish` writes manifest.json, the list of them, last: a folder without it was cut off, and the next run with the
     same hyperparameters and the same code up to here continues it, unless the process that writes it is alive: it
@@ -143,11 +143,6 @@ class Run:
     def save_model(self, model, **config):
         """Weights and config under model/; see the function `save_model`."""
         save_model(model, f"{self.url}/model", **config)
-
-    def save_predictions(self, outputs, targets):
-        """Two tensors or arrays as predictions.safetensors, for `safetensors.torch.load(storage.read(url))`."""
-        tensors = {"outputs": torch.as_tensor(outputs), "targets": torch.as_tensor(targets)}
-        self._write("predictions.safetensors", to_safetensors(tensors))
 
     def finish(self, results):
         """Results as metrics.json, report.html, then the manifest, the list of all files: the run is complete."""
@@ -227,14 +222,13 @@ def smaller_is_better(metric):
 
 
 def compare(url, metric=None):
-    """The runs of a project (a folder of runs), or of a folder of projects: a `Comparison`, in Jupyter a table.
+    """The runs of a project, a folder of runs: a `Comparison`, in Jupyter a table.
 
     The best run is that of the best `metric`, by default the first accuracy, loss or the like of the newest results.
     """
     url, names = str(url).rstrip("/"), {*storage.list_files(url)}
-    found = {name.rpartition("/")[0] for name in names if name.endswith("/hyperparameters.json")}
-    runs = [run for run in found if not found & {*map(str, PurePosixPath(run).parents)}]  # not those within a run
-    runs.sort(key=lambda run: (run.rpartition("/")[2], run), reverse=True)
+    found = (name.removesuffix("/hyperparameters.json") for name in names if name.endswith("/hyperparameters.json"))
+    runs = sorted((run for run in found if "/" not in run), reverse=True)  # not those within a run
     with ThreadPoolExecutor(THREADS) as pool:
         asked = list(pool.map(lambda run: _load(f"{url}/{run}/hyperparameters.json"), runs))
         ended = pool.map(lambda run: _load(f"{url}/{run}/metrics.json") if f"{run}/metrics.json" in names else {}, runs)
@@ -281,26 +275,13 @@ def _render(template, **values):
 
 
 def _render_report(run):
-    """The page about a run: what went in and came out, curves and plots, and what differs from the best run."""
+    """The page about a run: what went in and came out, plots, and what differs from the best run."""
     folder, _, name = run.rpartition("/")
     names = storage.list_files(run)
     values = {each: _load(f"{run}/{each}.json") for each in ("hyperparameters", "metrics", "environment")}
-    curves = _read_curves(storage.read(f"{run}/history.csv").decode()) if "history.csv" in names else {}
-    plots = [each for each in names if each.startswith("plots/") and each != "plots/history.png"]  # see curves
+    plots = [each for each in names if each.startswith("plots/")]
     plots = {plot[6:-4]: base64.b64encode(storage.read(f"{run}/{plot}")).decode() for plot in plots}
-    values |= dict(url=run, name=name, curves=curves, plots=plots, comparison=Comparison(folder, [], ""))
+    values |= dict(url=run, name=name, plots=plots, comparison=Comparison(folder, [], ""))
     with suppress(StorageError):  # one of the other runs may be damaged
         values["comparison"] = compare(folder)
     return _render("report.html.j2", **values)
-
-
-def _read_curves(text):
-    """{what was measured: {"train", "val", "test" or "": [(row, value), …]}} of a history.csv."""
-    curves = {}
-    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""))):
-        for column, value in row.items():
-            data, what = re.fullmatch("(?:(train|val|test)_)?(.*)", column, re.DOTALL).groups(default="")
-            with suppress(ValueError):
-                if what != "epoch" and math.isfinite(float(value)):
-                    curves.setdefault(what, {}).setdefault(data, []).append((number, float(value)))
-    return curves

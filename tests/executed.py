@@ -2,11 +2,15 @@
 
 import atexit
 import functools
+import json
 import secrets
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
 
 from helpers import run
 
@@ -15,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
 BY_NUMBER = {path.name.split("_")[0]: path for path in NOTEBOOKS}
 
 SERVER = """
-import functools, json, os, socket, sys, threading
+import functools, json, os, socketserver, sys, threading
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 import accelerate, boto3, botocore.loaders, botocore.session, torch, torchmetrics.classification, torchvision, transformers
 import matplotlib.pyplot, s3fs
@@ -23,35 +27,28 @@ from ipykernel.kernelapp import launch_new_instance
 from helpers import callbacks, experiment, images, training
 botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)  # as in conftest.py
 boto3.Session().client("s3", "us-east-1")
-server, parent = socket.socket(socket.AF_UNIX), os.getppid()
-server.bind(sys.argv[1])
-server.listen()
-server.settimeout(1)
+parent = os.getppid()
+
+class Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
+    def service_actions(self):  # twice a second
+        super().service_actions()
+        if os.getppid() != parent:
+            os._exit(0)
+
+class Kernel(socketserver.StreamRequestHandler):
+    def handle(self):
+        folder, environment, sys.argv = json.loads(self.rfile.readline())
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        sys.path[0] = ""
+        self.wfile.write(b"%d\\n" % os.getpid())
+        threading.Thread(target=lambda: (self.rfile.read(1), os._exit(1)), daemon=True).start()  # with the client
+        launch_new_instance()
+
+server = Server(sys.argv[1], Kernel)
 print("ready", flush=True)
-while os.getppid() == parent:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:  # those that have ended
-            pass
-    except ChildProcessError:
-        pass
-    try:
-        peer = server.accept()[0]
-    except TimeoutError:
-        continue
-    if os.fork():
-        peer.close()
-        continue
-    server.close()
-    peer.settimeout(None)
-    folder, environment, sys.argv = json.loads(peer.makefile().readline())
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    sys.path[0] = ""
-    peer.sendall(b"%d\\n" % os.getpid())
-    threading.Thread(target=lambda: (peer.recv(1), os._exit(1)), daemon=True).start()  # with the client
-    launch_new_instance()
-    os._exit(0)
+server.serve_forever()
 """
 CLIENT = """
 import json, os, signal, socket, sys
@@ -65,21 +62,24 @@ peer.recv(1)
 
 
 @functools.cache
-def start_server():
-    """The address of a process that has imported what the notebooks import, once for all, and forks kernels."""
-    address = f"{tempfile.mkdtemp()}/kernels"
-    server = subprocess.Popen([sys.executable, "-c", SERVER, address], stdout=subprocess.PIPE, cwd=ROOT)
+def forked_kernels():
+    """A folder in which Jupyter finds a "python3" whose kernels are forked, each when it is asked for, from one process
+    that has imported what the notebooks import."""
+    folder = Path(tempfile.mkdtemp())
+    command = [sys.executable, "-c", SERVER, folder / "socket"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
     assert server.stdout.readline() == b"ready\n"
     atexit.register(lambda: (server.terminate(), server.wait()))  # waited for: its time is the tests'
-    return address
+    argv = [sys.executable, "-ISc", CLIENT, str(folder / "socket"), "-f", "{connection_file}"]
+    (folder / "kernels/python3").mkdir(parents=True)
+    spec = json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"})
+    (folder / "kernels/python3/kernel.json").write_text(spec)
+    return folder
 
 
-class ForkedKernel(run.OwnKernel):
-    """Kernels forked from there: each is a process of its own, as soon as it is asked for."""
-
-    def format_kernel_cmd(self, extra_arguments=None):
-        command = super().format_kernel_cmd(extra_arguments)
-        return [sys.executable, "-ISc", CLIENT, start_server(), *command[command.index("ipykernel_launcher") + 1 :]]
+class ForkedKernel(AsyncKernelManager):
+    def _kernel_spec_manager_default(self):
+        return KernelSpecManager(kernel_dirs=[str(forked_kernels() / "kernels")])
 
 
 def try_to_run(notebooks, parameters, output):

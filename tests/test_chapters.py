@@ -1,8 +1,6 @@
 """Each notebook shows what it teaches: the modules of helpers/chapters are its exported cells, word for word."""
 
 import ast
-import graphlib
-import importlib
 import re
 import shutil
 import subprocess
@@ -12,8 +10,6 @@ import nbformat
 import pytest
 
 from executed import NOTEBOOKS, ROOT
-
-CHAPTERS = sorted(path.stem for path in (ROOT / "helpers/chapters").glob("[a-z]*.py"))
 
 
 def test_pages_and_modules_are_the_same(tmp_path):
@@ -27,13 +23,11 @@ def test_pages_and_modules_are_the_same(tmp_path):
     assert not drifted, "make export writes them from the notebooks; change the notebook, not the module"
 
 
-def imported(path):
-    """The helpers modules that a file imports, wherever in it, as (line, name)."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+def imported(node):
+    """The names of modules that a statement imports."""
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
 def test_imports_go_one_way():
@@ -41,21 +35,9 @@ def test_imports_go_one_way():
     rooms = ["storage", "catalog", "experiment", "training", "callbacks", "images", "run", "__main__"]
     assert {path.stem for path in (ROOT / "helpers").glob("*.py")} == {"__init__", *rooms}
     for number, room in enumerate(rooms):
-        for line, name in imported(ROOT / f"helpers/{room}.py"):
-            parts = name.split(".")
-            if parts[0] == "helpers":
-                assert parts[1] in rooms[:number], f"helpers/{room}.py:{line} imports {name}"
-
-
-def test_chapters_import_no_circle_and_neither_their_notebooks_nor_nbdev():
-    uses = {chapter: [name for _, name in imported(ROOT / f"helpers/chapters/{chapter}.py")] for chapter in CHAPTERS}
-    assert not [name for names in uses.values() for name in names if name.startswith("nbdev")]
-    chapters = {
-        chapter: [n.split(".")[2] for n in uses[chapter] if n.startswith("helpers.chapters.")] for chapter in uses
-    }
-    graphlib.TopologicalSorter(chapters).prepare()  # raises CycleError, which names the circle
-    for chapter in CHAPTERS:
-        importlib.import_module(f"helpers.chapters.{chapter}")
+        nodes = ast.walk(ast.parse((ROOT / f"helpers/{room}.py").read_text(encoding="utf-8")))
+        parts = [name.split(".") for node in nodes for name in imported(node)]
+        assert {part[1] for part in parts if part[0] == "helpers"} <= {*rooms[:number]}, room
 
 
 def test_no_name_is_undefined_and_nothing_is_unused():
@@ -73,16 +55,10 @@ def test_exported_cells_are_short_and_explained(path):
             continue
         lines = [] if cell.source.startswith("%%") else cell.source.splitlines()
         tree = ast.parse("\n".join(line for line in lines if not line.startswith("%")))
-        names = {
-            alias.name
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and node.module == "helpers.chapters"
-            for alias in node.names
-        }
-        assert not names & own, "a page uses what stands on it"
+        names = {name for node in ast.walk(tree) for name in imported(node)}
+        assert not names & {f"helpers.chapters.{name}" for name in own}, "a page uses what stands on it"
         if cell.source.startswith("#| export"):
-            body = tree.body
-            assert len(lines) <= (45 if any(isinstance(node, ast.ClassDef) for node in body) else 25), cell.source[:200]
-            imports = all(isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr)) for node in body)
-            explained = before.cell_type == "markdown" or imports
-            assert explained, f"say what it is for before this cell:\n{cell.source[:200]}"
+            longest = 45 if any(isinstance(node, ast.ClassDef) for node in tree.body) else 25
+            assert len(lines) <= longest, cell.source[:200]
+            imports = all(isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr)) for node in tree.body)
+            assert before.cell_type == "markdown" or imports, f"say what it is for before:\n{cell.source[:200]}"

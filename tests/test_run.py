@@ -1,4 +1,4 @@
-"""The runner, on tiny notebooks with real kernels; most tests look at one run of five that go different ways."""
+"""The runner, on tiny notebooks with real kernels; most tests look at one run of four that go different ways."""
 
 import base64
 import json
@@ -8,12 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from html import escape
 from pathlib import Path
-from shutil import which
 from types import SimpleNamespace
 
 import nbformat
+import psutil
 import pytest
 from bs4 import BeautifulSoup
 from jupyter_core.utils import ensure_event_loop
@@ -27,17 +26,6 @@ PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgG
 ROWS = [{"name": "<i>", "model_bytes": 3054499}, {"name": "b", "model_bytes": 10}]
 RESULTS = {"val_loss": 0.123456, "model_bytes": 3054499, "loop_seconds": 65.0, "tag": "<i>", "rows": ROWS}
 METADATA = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-LOOPS = """
-import io
-from contextlib import redirect_stdout
-from helpers import storage
-with storage.progress(5, 'a loop') as bar:
-    for i in range(5):
-        bar.update()
-        bar.refresh()
-        if i == 2: print('in between')
-        with redirect_stdout(io.StringIO()), storage.progress(2, 'silenced') as other: other.update()
-"""
 
 
 def write(folder: Path, name: str, *cells: str) -> Path:
@@ -53,7 +41,7 @@ def write(folder: Path, name: str, *cells: str) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, embedded_env):
-    """One run of five notebooks, on a machine where Jupyter knows another kernel by the name of python3."""
+    """One run of four notebooks, on a machine where Jupyter knows another kernel by the name of python3."""
     folder = tmp_path_factory.mktemp("run")
     notebooks = folder / "notebooks"
     write(
@@ -72,10 +60,10 @@ def finished(tmp_path_factory, embedded_env):
     fails = "x = 1\n'<u>'\n" + "x += 1\n" * 9 + "raise ValueError('\\x1b[31m<b>red</b>\\x1b[0m\\nand ' + secret)"
     write(notebooks, "02_fails.ipynb", "# Fails", "#parameters\nepochs = 1", secret, fails, "print('not reached')")
     write(notebooks, "03_dies.ipynb", "# Dies", "import os, signal", "os.kill(os.getpid(), signal.SIGKILL)")
-    write(notebooks, "04_leaks.ipynb", "# Leaks", secret, "print(secret, 'http://host/?x=' + quote(secret, safe=''))")
+    shows = "print(secret, 'http://host/?x=' + quote(secret, safe=''))"
     links = "[first](01_good.ipynb) [the source](../helpers/x.py)"
-    after = f"# It:\n\n## A *part* of it\n\n$$\\frac{{1}}{{2}}$$\n\n{links}"
-    write(notebooks, "05_after.ipynb", "# After", LOOPS, after)
+    text = f"# It:\n\n## A *part* of it\n\n$$\\frac{{1}}{{2}}$$\n\n{links}"
+    write(notebooks, "04_leaks.ipynb", "# Leaks", secret, shows, text)
     other = folder / "other" / "kernels" / "python3"
     other.mkdir(parents=True)
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Other", "language": "python"}
@@ -97,93 +85,72 @@ def texts(parts):
     return [part.get_text() for part in parts]
 
 
-def lines(finished, start):
-    return [line for line in finished.process.stdout.splitlines() if line.startswith(start)]
-
-
 def outputs_of(path: Path) -> str:
     """All that the cells printed or showed as text."""
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     return "".join(o.get("text") or o.get("data", {}).get("text/plain", "") for cell in cells for o in cell.outputs)
 
 
-def test_goes_on_after_a_failure_and_says_what_failed_where(finished):
-    assert finished.process.returncode == 1, finished.process.stderr
-    assert len(lines(finished, "2 of 5 notebooks succeeded, in ")) == 1
-    assert lines(finished, "Results: ") == [f"Results: {os.path.join('runs', finished.output.name, 'index.html')}"]
-    assert "KernelApp" not in finished.process.stderr and "cells," not in finished.process.stderr  # no chatter, no bar
-    first, fails, dies, _, last = lines(finished, ("ok", "FAILED"))
-    assert first.startswith("ok     01_good.ipynb,") and last.startswith("ok     05_after.ipynb,")
+def test_goes_on_after_a_failure_says_what_failed_where_and_shows_no_secret(finished):
+    said, page = finished.process, finished.cards["02_fails.ipynb"]
+    assert said.returncode == 1, said.stderr
+    lines = said.stdout.splitlines()
+    assert lines[-2].startswith("1 of 4 notebooks succeeded, in ")
+    assert lines[-1] == f"Results: {os.path.join('runs', finished.output.name, 'index.html')}"
+    assert "KernelApp" not in said.stderr and "cells," not in said.stderr  # no chatter, no bar
+    good, fails, dies, leaks = [line for line in lines if line.startswith(("ok", "FAILED"))]
+    assert good.startswith("ok     01_good.ipynb,")
+    assert leaks == "FAILED 04_leaks.ipynb, the notebook showed WANDB_API_KEY, replaced by ***"
     error = "In [4]: ValueError: <b>red</b> and ***"  # the injected parameters are In [2], but no cell of the source
     assert fails == f"FAILED 02_fails.ipynb, the notebook showed WANDB_API_KEY, replaced by ***; {error}"
-    assert "       | x = 1\n       | '<u>'\n" in finished.process.stdout and "| ...\n" in finished.process.stdout
-    card = finished.cards["02_fails.ipynb"]
-    assert error in card.select_one(".error").get_text() and not card.select("b, u")
-    assert card.select_one("pre").get_text().startswith("x = 1\n'<u>'")
+    assert "       | x = 1\n       | '<u>'\n" in said.stdout and "| ...\n" in said.stdout
+    assert error in page.select_one(".error").get_text() and not page.select("b, u")
+    assert page.select_one("pre").get_text().startswith("x = 1\n'<u>'")
     assert "not reached" not in outputs_of(finished.output / "02_fails.ipynb")
     assert dies.startswith(("FAILED 03_dies.ipynb, In [2]", "FAILED 03_dies.ipynb, In [*]"))
     assert "DeadKernelError: Kernel died" in dies
-    assert "os.kill" in finished.cards["03_dies.ipynb"].select_one("pre").get_text()
-
-
-def test_secrets_are_caught(finished):
-    [line] = lines(finished, "FAILED 04_leaks")
-    assert line == "FAILED 04_leaks.ipynb, the notebook showed WANDB_API_KEY, replaced by ***"
     written = [path.read_text(encoding="utf-8") for path in finished.output.iterdir()]
-    assert "XUtnFEMI" not in "".join([*written, finished.process.stdout, finished.process.stderr])
+    assert "XUtnFEMI" not in "".join([*written, said.stdout, said.stderr])
     assert outputs_of(finished.output / "04_leaks.ipynb") == "*** http://host/?x=***\n"
 
 
-def test_kernel_is_ours_in_the_notebooks_folder_with_our_s3_and_the_parameters_that_the_notebook_has(
-    finished, embedded_env
-):
+def test_kernels_are_ours_with_our_s3_and_the_parameters_that_a_notebook_has(finished, embedded_env):
     folder, python, endpoint = outputs_of(finished.output / "01_good.ipynb").splitlines()[:3]
     assert Path(folder) == (finished.folder / "notebooks").resolve()
     assert (python, endpoint) == (sys.executable, embedded_env["AWS_ENDPOINT_URL"])
-    paths = [finished.output / f"{name}.ipynb" for name in ("01_good", "02_fails", "05_after")]
-    cells = [cell for path in paths for cell in nbformat.read(path, as_version=4).cells]
+    cells = [cell for path in finished.output.glob("*.ipynb") for cell in nbformat.read(path, as_version=4).cells]
     injected = [cell.source for cell in cells if "injected-parameters" in cell.metadata.get("tags", [])]
     assert injected == ["# Parameters\nepochs = 3\n"] * 2
 
 
-def test_a_progress_bar_is_one_output(finished):
-    bar, said = nbformat.read(finished.output / "05_after.ipynb", as_version=4).cells[1].outputs
-    assert "a loop: 100%" in bar.data["text/plain"] and "5.00/5.00" in bar.data["text/plain"]
-    assert said.text == "in between\n"
-
-
 def test_results_are_those_of_the_last_cell_that_shows_json(finished):
-    path = finished.output / "01_good.ipynb"
-    for notebook in path, nbformat.read(path, as_version=4):
-        assert run.read_results(notebook) == {"epochs": 3, "kind": "int", "model": "s3://a/b"} | RESULTS
-    with pytest.raises(ValueError, match="05_after.ipynb shows no results"):
-        run.read_results(finished.output / "05_after.ipynb")
-    numbers = new_output("display_data", data={"application/json": [1, 2]})
+    good = nbformat.read(finished.output / "01_good.ipynb", as_version=4)
+    assert run.read_results(good) == {"epochs": 3, "kind": "int", "model": "s3://a/b"} | RESULTS
+    with pytest.raises(ValueError, match="04_leaks.ipynb shows no results"):
+        run.read_results(finished.output / "04_leaks.ipynb")
+    good.cells[-2].outputs[0].data["application/json"] = [1, 2]
     with pytest.raises(ValueError, match="this notebook shows no results"):
-        run.read_results(new_notebook(cells=[new_code_cell("", outputs=[numbers])]))
+        run.read_results(good)
 
 
 def test_index_shows_titles_results_and_figures(finished):
     card = finished.cards["01_good.ipynb"]
-    assert list(finished.cards) == [f"0{i}_{n}.ipynb" for i, n in enumerate("good fails dies leaks after".split(), 1)]
+    assert list(finished.cards) == ["01_good.ipynb", "02_fails.ipynb", "03_dies.ipynb", "04_leaks.ipynb"]
     assert card.select_one("h2").get_text() == "A good <one> & more" and not card.select("one, i")
-    assert card.select_one("h2 a")["href"] == "01_good.html"
-    assert texts(finished.page.select(".pill")) == ["ok", "FAILED", "FAILED", "FAILED", "ok"]
+    assert texts(finished.page.select(".pill")) == ["ok", "FAILED", "FAILED", "FAILED"]
     cells = [texts(row.select("th, td")) for row in card.select("dd tr")]
     assert cells == [["name", "model bytes"], ["<i>", "3.1 MB"], ["b", "10 Bytes"]]
     shown = [(pair.dt.get_text(), pair.dd.get_text()) for pair in card.select("dl div") if not pair.select("tr")]
     expected = [("epochs", "3"), ("validation loss", "0.123"), ("model bytes", "3.1 MB"), ("loop seconds", "1 min 5 s")]
     assert sorted(shown) == sorted([*expected, ("kind", "int"), ("tag", "<i>"), ("model", "s3://a/bcopy")])
-    assert card.select_one("[data-copy]")["data-copy"] == "s3://a/b"
-    assert [link["href"] for link in finished.page.select("nav a")] == [f"#{name[:-6]}" for name in finished.cards]
     images = [image["src"].partition("data:image/png;base64,")[2] for image in card.select(".figures img")]
     assert [base64.b64decode(image)[-5:] for image in images] == [b"first", b"final"]
     header = finished.page.select_one("header").get_text()
-    assert "2 of 5 ok" in header and f"Python {sys.version.split()[0]}" in header and "cores" in header
+    assert "1 of 4 ok" in header and f"Python {sys.version.split()[0]}" in header and "cores" in header
 
 
 def test_pages_are_whole_need_no_network_lead_on_and_say_what_made_them(finished):
-    assert sorted(path.suffix for path in finished.output.iterdir()) == [".html"] * 6 + [".ipynb"] * 5
+    assert sorted(path.suffix for path in finished.output.iterdir()) == [".html"] * 5 + [".ipynb"] * 4
     pages = {path.stem: soup(path) for path in finished.output.glob("*.html")}
     for name, page in pages.items():
         assert not page.select("[src^=http], link[href], script[src]"), name
@@ -197,27 +164,16 @@ def test_pages_are_whole_need_no_network_lead_on_and_say_what_made_them(finished
     assert (before, after) == ("01_good.html", "03_dies.html")
     nav = pages["02_fails"].select_one("nav.contents").get_text()
     assert "epochs = 3" in nav and f"Python {sys.version.split()[0]}" in nav
-    page = pages["05_after"]
+    page = pages["04_leaks"]
     assert [link["href"] for link in page.select(".contents > a")] == ["#A-part-of-it"]
     assert page.select_one("math mfrac") and page.select_one("main > div a[href='01_good.html']")
     assert "the source" in page.get_text() and not page.select("a[href^='..']")
 
 
-@pytest.mark.skipif(not which("chromium"), reason="chromium is not installed here")
-def test_the_index_fits_a_telephone(finished, tmp_path):
-    page = (finished.output / "index.html").read_text(encoding="utf-8").replace("s3://a/b", "s3://" + "a" * 90)
-    width = "document.title = this.contentDocument.documentElement.scrollWidth"
-    frame = f'<iframe style="border: 0; width: 400px" srcdoc="{escape(page)}" onload="{width}"></iframe>'
-    (tmp_path / "frame.html").write_text(frame)
-    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
-    dom = subprocess.run([*words, tmp_path / "frame.html"], capture_output=True, text=True, timeout=60).stdout
-    assert "<title>400</title>" in dom
-
-
 def test_picks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = "01_one", "02_two", "03a_x"
-    first, second, page = known = [str(write(Path("notebooks"), f"{name}.ipynb").resolve()) for name in names]
+    names = "01_one.ipynb", "02_two.ipynb", "03a_x.ipynb"
+    first, second, page = known = [str(write(tmp_path / "notebooks", name)) for name in names]
     write(Path("notebooks"), "draft.ipynb")
     elsewhere, same = (str(write(tmp_path / "elsewhere", name)) for name in ("mine.ipynb", "01_one.ipynb"))
     assert run.pick([]) == known
@@ -271,14 +227,8 @@ def test_an_interrupt_leaves_a_whole_page_and_no_kernel(embedded, tmp_path, monk
     printed, output = capsys.readouterr().out, Path("runs/latest")
     assert "interrupted 02_slow.ipynb, In [2]: KeyboardInterrupt\n" in printed
     assert "FAILED 01_broken.ipynb, NotJSONError" in printed and "0 of 3 notebooks succeeded" in printed
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(begun.read_text()), 0)
-    page = soup(output / "index.html")
-    assert texts(page.select(".pill")) == ["FAILED", "interrupted"] and texts(page.select("h2")) == [
-        "01_broken",
-        "Slow",
-    ]
-    assert "0 of 3 ok" in page.select_one("header").get_text()
+    assert not psutil.pid_exists(int(begun.read_text()))
+    assert texts(soup(output / "index.html").select(".pill")) == ["FAILED", "interrupted"]
     assert outputs_of(output / "02_slow.ipynb") == "before\n" and (output / "02_slow.html").exists()
 
 
@@ -298,8 +248,8 @@ def test_hostile_names_and_widgets_do_nothing_in_the_html():
     html = run.EXPORTER.from_notebook_node(new_notebook(cells=[cell], metadata=metadata))[0]
     page = BeautifulSoup(html, "html.parser")
     assert not page.select("script, [onerror], [href^=javascript]")
-    assert page.select_one("td strong").get_text() == "3" and len(page.select("th")) == 2 and page.select("pre")
-    assert page.select("td")[1]["style"].replace(" ", "").startswith("text-align:right") and page.select("b a")
+    assert page.select_one("td strong").get_text() == "3" and page.select("pre") and page.select("b a")
+    assert page.select("td")[1]["style"].replace(" ", "").startswith("text-align:right")
     [frame] = page.select("iframe")  # which may run its own script, and reach nothing outside
     assert "allow-scripts" in frame["sandbox"] and "allow-same-origin" not in frame["sandbox"]
 
@@ -311,10 +261,8 @@ def test_a_sweep_runs_each_combination_and_compares_them(tmp_path, monkeypatch):
     fails = SHOW + "import os\nif rate == 2: raise ValueError('diverged')"
     shows = "display(JSON({'val_loss': rate / 8, 's3': os.environ['AWS_ENDPOINT_URL'], 'run': run}))"
     trains = write(tmp_path, "trains.ipynb", "# Trains", "#parameters\nrate = 1.0\nkind = 'x'\nrun = ''", fails, shows)
-    other = write(tmp_path, "other.ipynb", "# Other", "1")
-    planned = run.plan_runs([str(trains), str(other)], {"rate": [1.0, 2], "kind": ["a", "b"]}, sweep=True)
-    assert [outcome.name for outcome in planned] == [f"trains-0{i}.ipynb" for i in (1, 2, 3, 4)] + ["other.ipynb"]
-    assert [[*outcome.parameters.values()] for outcome in planned] == [[1.0, "a"], [1.0, "b"], [2, "a"], [2, "b"], []]
+    planned = run.plan_runs([str(trains)], {"rate": [1.0, 2], "kind": ["a", "b"]}, sweep=True)
+    assert [[*outcome.parameters.values()] for outcome in planned] == [[1.0, "a"], [1.0, "b"], [2, "a"], [2, "b"]]
     storage.write(tmp_path / "mine/report.html", b"all about it")
     words = ["trains.ipynb", "-p", "rate", "1.0,2", "-p", "kind", "a", "-p", "run", f"{tmp_path}/mine", "--sweep"]
     assert run.main(words) == 1

@@ -1,7 +1,6 @@
 """An emulator of Google Cloud Storage (gcp-storage-emulator), in memory: it asks for no credentials."""
 
 import contextlib
-import importlib.util
 import os
 import pathlib
 import sys
@@ -10,11 +9,6 @@ from unittest import mock
 import fsspec
 
 from . import free_port, listening, running, wait_until
-
-
-def missing():
-    """The names of the packages that are not installed: a reason to skip."""
-    return [name for name in ("gcsfs", "gcp_storage_emulator") if not importlib.util.find_spec(name)]
 
 
 @contextlib.contextmanager
