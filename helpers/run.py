@@ -40,9 +40,6 @@ from papermill.cli import _resolve_type as parse_value
 from helpers import storage
 
 
-PICTURES = ("image/png", "image/jpeg")
-
-
 class RunError(Exception):
     """Why a notebook failed on several processes, in one sentence that names the process."""
 
@@ -171,7 +168,8 @@ def publish(outcome, target, error):
         outcome.error, outcome.source = describe_error(error, executed) if error else ("", "")
         with suppress(ValueError):  # a notebook without results is fine here
             outcome.results = read_results(executed)
-        pictures = [(kind, data[kind]) for data in read_outputs(executed) for kind in PICTURES if kind in data]
+        kinds = "image/png", "image/jpeg"
+        pictures = [(kind, data[kind]) for data in read_outputs(executed) for kind in kinds if kind in data]
         urls = [f"data:{kind};base64,{''.join(picture.split())}" for kind, picture in pictures]
         outcome.figures = urls[:1] + urls[1:][-1:]
         stem = target.removesuffix(".ipynb")

@@ -84,12 +84,11 @@ def test_any_tool_runs_them_from_any_folder_and_a_progress_bar_is_one_output(who
     cells = nbformat.read(whole.folder / "02.ipynb", as_version=4).cells
     [bar] = [cell.outputs for cell in cells if "loop.fit(epochs, callbacks" in cell.source]
     assert len(bar) < 4 and "100%" in str(bar)
-    assert {"runs/inference/TIME/manifest.json", "models/cnn/model.json"} <= whole.contents.keys()  # see the last test
+    assert {"runs/inference/TIME/manifest.json", "models/cnn/model.json"} <= whole.contents.keys()
 
 
 @pytest.mark.slow
-def test_papermills_own_command_runs_them_from_every_folder_in_fresh_kernels(whole, embedded, tmp_path, bucket, every):
-    """From S3 to S3."""
+def test_papermills_command_runs_them_from_s3_to_s3_in_fresh_kernels(whole, embedded, tmp_path, bucket, every):
     place = f"s3://{bucket}-notebooks"
     storage.create_bucket(f"{bucket}-notebooks")
     for i, folder in enumerate((ROOT, ROOT / "notebooks", tmp_path)):
