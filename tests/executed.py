@@ -26,6 +26,7 @@ from ipykernel.kernelapp import launch_new_instance
 from helpers import callbacks, experiment, images, training
 botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)  # as in conftest.py
 boto3.Session().client("s3", "us-east-1")
+experiment.list_packages()
 parent = os.getppid()
 
 class Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
@@ -43,7 +44,6 @@ class Kernel(socketserver.StreamRequestHandler):
         sys.path[0] = ""
         threading.Thread(target=lambda: (self.rfile.read(1), os._exit(1)), daemon=True).start()  # with the client
         launch_new_instance()
-
 server = Server(sys.argv[1], Kernel)
 print("ready", flush=True)
 server.serve_forever()
