@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from html import escape
 from pathlib import Path
+from shutil import which
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -166,6 +168,17 @@ def test_pages_are_whole_need_no_network_lead_on_and_say_what_made_them(finished
     assert [link["href"] for link in page.select(".contents > a")] == ["#A-part-of-it"]
     assert page.select_one("math mfrac") and page.select_one("main > div a[href='01_good.html']")
     assert "the source" in page.get_text() and not page.select("a[href^='..']")
+
+
+@pytest.mark.skipif(not which("chromium"), reason="chromium is not installed here, .ci/run does it")
+def test_the_index_fits_a_telephone(finished, tmp_path):
+    page = (finished.output / "index.html").read_text(encoding="utf-8").replace("s3://a/b", "s3://" + "a" * 90)
+    width = "document.title = this.contentDocument.documentElement.scrollWidth"
+    frame = f'<iframe style="border: 0; width: 400px" srcdoc="{escape(page)}" onload="{width}"></iframe>'
+    (tmp_path / "frame.html").write_text(frame)
+    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
+    dom = subprocess.run([*words, tmp_path / "frame.html"], capture_output=True, text=True, timeout=60).stdout
+    assert "<title>400</title>" in dom
 
 
 def test_picks(tmp_path, monkeypatch):
