@@ -10,6 +10,7 @@ parameter that does not exist, 130 when interrupted.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import itertools
 import logging
@@ -262,9 +263,13 @@ def render_page(outcome, executed):
 
 def render_index(outcomes, total):
     """The page of a run: a card per notebook."""
+    return load_index().render(outcomes=outcomes, total=total, facts=list_facts(), format_duration=format_duration)
+
+
+@functools.cache
+def load_index():
     source = storage.REPOSITORY.joinpath("helpers/index.html.j2").read_text(encoding="utf-8")
-    template = jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return template.render(outcomes=outcomes, total=total, facts=list_facts(), format_duration=format_duration)
+    return jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def pick(picks):
