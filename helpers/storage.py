@@ -35,9 +35,7 @@ from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import BaseError, GenericError
 from tqdm import tqdm
 
-CONFIGURED_BY = re.compile(
-    "AWS_(ENDPOINT_URL|ACCESS_KEY_ID|PROFILE|WEB_IDENTITY|CONTAINER_CREDENTIALS)"
-)  # one of these
+CONFIGURED_BY = re.compile("AWS_(ENDPOINT_URL|ACCESS_KEY_ID|PROFILE|WEB_IDENTITY|CONTAINER_CREDENTIALS)")
 # What other libraries need to know: Rust's ask whether http is allowed, and other servers lack AWS's newer checksums.
 SETTINGS = {
     "AWS_RETRY_MODE": "standard",
@@ -81,20 +79,21 @@ def connect():
         forget_connection()
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or boto3.Session().region_name
         os.environ |= dict.fromkeys(["AWS_REGION", "AWS_DEFAULT_REGION"], region or "us-east-1")  # boto3: the latter
-        endpoint = boto3.client("s3").meta.endpoint_url
+        os.environ |= SETTINGS | os.environ
+        limits = Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 5})
+        quick = boto3.client("s3", config=limits)
     except (BotoCoreError, ValueError) as error:
         raise StorageError(f"{error}: check AWS_ENDPOINT_URL (http://host:port) and AWS_PROFILE.") from None
-    os.environ |= SETTINGS | os.environ
     with translate_errors("connecting"):
-        quick = Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 5})
         try:
-            boto3.client("s3", config=quick).list_buckets()
+            quick.list_buckets()
         except ClientError as error:  # a key that may not list buckets can still read and write in its own, and a
             busy = error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500  # busy server may have time later
             if not busy and error.response["Error"]["Code"] not in ("AccessDenied", "403"):
                 raise
     own = "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION"
-    print(f"S3 at {endpoint}" + ("" if configured else f" (embedded server over .s3/; to use your own set {own})"))
+    embedded = "" if configured else f" (embedded server over .s3/; to use your own set {own})"
+    print(f"S3 at {quick.meta.endpoint_url}{embedded}")
 
 
 def forget_connection():
@@ -142,6 +141,10 @@ def use_bucket(bucket, profile=None, endpoint_url=None, region=None, unsigned=Fa
     options = {name: value for name, value in options.items() if value}  # as s3fs takes them
     os.environ["S3_BUCKETS"] = json.dumps(json.loads(os.environ.get("S3_BUCKETS", "{}")) | {bucket: options})
     forget_connection()
+
+
+def _bucket_of(url):
+    return re.match("s3://([^/]+)|", str(url))[1]  # None in any other place
 
 
 def _bucket_options(bucket):
@@ -205,7 +208,7 @@ def translate_errors(url):
 
 def _translate(url, error):
     text, said = f"{error} {getattr(error, 'response', '')} {error.__cause__ or ''}", str(error).partition("\n")[0]
-    bucket = re.match("s3://([^/]+)|", str(url))[1]  # None in any other place
+    bucket = _bucket_of(url)
     endpoint, region = client(bucket).meta.endpoint_url, client(bucket).meta.region_name
     match = re.search(r"<Code>(\w+)</Code>|'Code': '(\w+)'|\((\w+)\) when calling", text)
     code = match[match.lastindex] if match else type(error).__name__
@@ -419,7 +422,7 @@ def list_pages(url, convert=list):
 @contextmanager
 def open_filesystem(url):
     """The file system and path of any fsspec URL; errors within become StorageErrors that name the URL."""
-    options = _bucket_options(re.match("s3://([^/]+)|", str(url))[1])
+    options = _bucket_options(_bucket_of(url))
     try:
         with translate_errors(url):
             yield fsspec.url_to_fs(str(url), use_listings_cache=False, **options)
@@ -460,10 +463,9 @@ def list_files(url):
 def find_files(url, endings):
     """The URLs of the files with one of these endings at an fsspec URL or glob, sorted. Raises NotFound without any."""
     with open_filesystem(url) as (filesystem, path):
-        found = filesystem.find(path) or {name for match in filesystem.glob(path) for name in filesystem.find(match)}
-        names = [name for name in sorted(found) if name.endswith(tuple(endings))]
-        urls = list(map(filesystem.unstrip_protocol, names))
-    if not urls:
+        paths = filesystem.find(path) or {name for match in filesystem.glob(path) for name in filesystem.find(match)}
+        found = sorted(map(filesystem.unstrip_protocol, paths))
+    if not (urls := [name for name in found if name.endswith(endings)]):
         raise NotFound(f"There is no {' or '.join(endings)} file at {url}: check the name.")
     return urls
 
