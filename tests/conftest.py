@@ -24,26 +24,9 @@ botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)
 LONGEST = "notebooks notebooks_models training_exact processes rent storage bot run convert".split()
 
 
-def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "slow: large by nature; left out unless asked for with `-m slow` (make test-slow)"
-    )
-    config.option.markexpr = config.option.markexpr or "not slow"
-
-
 def pytest_collection_modifyitems(items):
     order = [f"test_{name}.py" for name in LONGEST]
     items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else len(order))
-
-
-def pytest_terminal_summary(terminalreporter):
-    """What was left out, and how to have it, in a line each: a run without Ceph is not taken for one with it."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    for reason in sorted({str(report.longrepr[2]) for report in skipped}):
-        count = sum(str(report.longrepr[2]) == reason for report in skipped)
-        terminalreporter.write_line(f"left out: {count} tests, {reason.removeprefix('Skipped: ')}")
-    if any("not installed here" in str(report.longrepr[2]) for report in skipped):
-        terminalreporter.write_line("to have those: .ci/run installs what they need (Debian's packages)")
 
 
 @pytest.fixture
@@ -64,7 +47,7 @@ def moto_env(tmp_path_factory):
 def ceph_env(tmp_path_factory):
     """The environment variables of a running Ceph Object Gateway."""
     if ceph.missing():
-        pytest.skip(f"Ceph is not installed here, missing: {', '.join(ceph.missing())}")
+        pytest.skip(f"Ceph is not installed here, .ci/run does it; missing: {', '.join(ceph.missing())}")
     with ceph.ceph(tmp_path_factory.mktemp("ceph")) as env:
         yield env
 
@@ -95,12 +78,10 @@ def every(tmp_path_factory):
     @functools.cache
     def make(n):
         path = tmp_path_factory.mktemp("zip") / "some_leaves.zip"
-        with (
-            zipfile.ZipFile(storage.REPOSITORY / "data_samples/leaves.zip") as leaves,
-            zipfile.ZipFile(path, "w") as some,
-        ):
-            for name in leaves.namelist()[::n]:
-                some.writestr(leaves.getinfo(name), leaves.read(name))  # with its date: the same bytes again
+        leaves = zipfile.ZipFile(storage.REPOSITORY / "data_samples/leaves.zip")
+        with leaves, zipfile.ZipFile(path, "w") as some:
+            for info in leaves.infolist()[::n]:
+                some.writestr(info, leaves.read(info))  # with its date: the same bytes again
         return str(path)
 
     return make

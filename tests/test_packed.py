@@ -112,14 +112,14 @@ class Wire(FaultProxy):
 
 
 class Watched(Connection):
-    def forward(self, upstream, method, head, headers, expects):
-        path = urllib.parse.unquote(head.split()[1].decode()).removeprefix("/pictures/")
-        self.server.seen.append((method, path, headers.get("range")))
-        if self.server.hold(method, path):
+    def forward(self):
+        path = urllib.parse.unquote(self.path).removeprefix("/pictures/")
+        self.server.seen.append((self.command, path, self.headers.get("range")))
+        if self.server.hold(self.command, path):
             self.server.held.append(path)
             self.server.released.wait(60)
             raise ConnectionError("dropped")
-        return super().forward(upstream, method, head, headers, expects)
+        super().forward()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ whatever happens in between.
 """
 
 import contextlib
+import pathlib
 import random
 import socket
 import subprocess
@@ -38,13 +39,9 @@ def running(command, log):
 def free_port():
     """A free port below the ones that the system gives to outgoing connections: nobody takes it by chance meanwhile."""
     while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                continue
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port := random.randrange(20000, 32000)))
+            return port
 
 
 def wait_until(ready, what, log, *guards, seconds=60):
@@ -53,10 +50,7 @@ def wait_until(ready, what, log, *guards, seconds=60):
     while not ready():
         dead = any(guard.poll() is not None for guard in guards)
         if dead or time.monotonic() > deadline:
-            with open(log, errors="replace") as lines:
-                said = lines.read()
-            if len(said) > 4000:  # the reason stands before a crash on the way out, or at the end
-                said = f"{said[:2000]}\n[...]\n{said[-2000:]}"
+            said = pathlib.Path(log).read_text(errors="replace")[-4000:]
             raise RuntimeError(f"{what} {'has stopped' if dead else f'is not ready after {seconds} s'}: {log}\n{said}")
         time.sleep(0.02)
 

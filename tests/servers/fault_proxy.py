@@ -1,21 +1,21 @@
 """A proxy in front of an S3 server that makes the faults of a real network and of a real, busy object store.
 
-It passes heads and bodies on byte by byte (the signature covers the Host header, the path's encoding and more), keeps
-connections alive on both sides and holds no body in memory.
+It passes on paths and headers as they come (the signature covers them) and keeps connections alive on both sides.
 """
 
 import contextlib
-import select
+import http.client
+import http.server
 import socket
 import socketserver
 import struct
 import threading
 import time
 import urllib.parse
+from collections import Counter
 
 BLOCK = 1 << 18
-ERROR = """<?xml version="1.0" encoding="UTF-8"?>
-<Error><Code>{0}</Code><Message>{0}</Message><RequestId>proxy</RequestId></Error>"""
+ERROR = "<Error><Code>{0}</Code><Message>{0}</Message></Error>"
 
 
 @contextlib.contextmanager
@@ -27,7 +27,6 @@ def fault_proxy(upstream_url, kind=None, **settings):
             yield proxy
         finally:
             proxy.shutdown()
-            proxy.disconnect()
 
 
 class FaultProxy(socketserver.ThreadingTCPServer):
@@ -47,201 +46,100 @@ class FaultProxy(socketserver.ThreadingTCPServer):
     the others. With n of at least 2 a client that asks again comes through, with 1 never.
     """
 
-    daemon_threads, block_on_close, request_queue_size = True, False, 128
+    daemon_threads, request_queue_size = True, 128
     slow_down_every = reset_every = truncate_every = delay = speed = 0
     no_copy, on_request, latest = False, None, ""
     requests = slow_downs = resets = truncations = copies_refused = 0
 
     def __init__(self, upstream_url, **settings):
         super().__init__(("127.0.0.1", 0), Connection)
-        upstream = urllib.parse.urlsplit(upstream_url)
-        self.upstream, self.url = (upstream.hostname, upstream.port), f"http://127.0.0.1:{self.server_address[1]}"
-        self.lock, self.idle, self.clients, self.headers = threading.Lock(), [], set(), {}
-        self.candidates = {"slow_downs": 0, "resets": 0, "truncations": 0}  # the requests that each could have hit
+        self.upstream = urllib.parse.urlsplit(upstream_url).netloc
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.lock, self.candidates = threading.Lock(), Counter()  # the requests that each fault could have hit
         vars(self).update(settings)
 
-    def count(self, counter):
+    def due(self, fault, every, rest):
+        """Whether the fault hits this candidate, the one of every n with this remainder; count it then."""
         with self.lock:
-            setattr(self, counter, getattr(self, counter) + 1)
-            return getattr(self, counter)
-
-    def due(self, fault, every, first):
-        """Whether the fault hits this candidate: the one of every n with the remainder `first`; count it then."""
-        if not every:
-            return False
-        with self.lock:
-            self.candidates[fault] += 1
-            hit = self.candidates[fault] % every == first
-        if hit:
-            self.count(fault)
+            self.candidates[fault] += bool(every)
+            hit = bool(every) and self.candidates[fault] % every == rest
+            setattr(self, fault, getattr(self, fault) + hit)
         return hit
 
-    def connect(self):
-        """A connection to the server: a new one, or an idle one that is not closed (it would be readable then)."""
-        while True:
-            try:
-                peer = self.idle.pop()
-            except IndexError:
-                return Peer(socket.create_connection(self.upstream), self.speed)
-            if not peer.readable(0):
-                return peer
-            peer.close()
 
-    def disconnect(self):
-        for peer in [*self.clients, *self.idle]:
-            with contextlib.suppress(OSError):
-                peer.socket.shutdown(socket.SHUT_RDWR)
+class Connection(http.server.BaseHTTPRequestHandler):
+    """A client's connection, a thread that answers one request after the other, and with it one to the server."""
 
-
-class Peer:
-    """One side's connection."""
-
-    def __init__(self, sock, speed=0):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if speed:  # and the sender notices
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        self.socket, self.stream, self.speed = sock, sock.makefile("rb"), speed
-
-    def close(self):
-        self.stream.close()
-        self.socket.close()
-
-    def readable(self, seconds):
-        """Whether there is something to read, or the end, within so many seconds."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        return bool(poll.poll(1000 * seconds))
-
-    def head(self):
-        """Read the head of a request or an answer: bytes, words of the first line, headers by lower-case name."""
-        lines = [self.stream.readline()]
-        while lines[-1] not in (b"\r\n", b"\n"):
-            if not lines[-1]:
-                raise ConnectionError("closed")
-            lines.append(self.stream.readline())
-        pairs = (line.decode("latin-1").partition(":") for line in lines[1:-1])
-        return b"".join(lines), lines[0].decode("latin-1").split(), {k.lower(): v.strip() for k, _, v in pairs}
-
-    def body(self, headers, until_close=False):
-        """Read a body in blocks, as it is on the wire."""
-        if "chunked" in headers.get("transfer-encoding", "").lower():
-            size = 1
-            while size:
-                line = self.stream.readline()
-                yield line
-                size = int(line.split(b";")[0], 16)
-                if size:
-                    yield from self.exactly(size + 2)
-            while line != b"\r\n":
-                line = self.stream.readline()
-                yield line or b"\r\n"
-                if not line:
-                    raise ConnectionError("closed")
-        elif "content-length" in headers:
-            yield from self.exactly(int(headers["content-length"]))
-        elif until_close:
-            while block := self.stream.read1(BLOCK):
-                yield block
-
-    def exactly(self, size):
-        while size:
-            block = self.stream.read1(min(size, 8192 if self.speed else BLOCK))
-            if not block:
-                raise ConnectionError("closed")
-            time.sleep(len(block) / self.speed if self.speed else 0)
-            size -= len(block)
-            yield block
-
-    def send(self, blocks):
-        for block in blocks:
-            self.socket.sendall(block)
-
-
-class Connection(socketserver.BaseRequestHandler):
-    """One client's connection: a thread that answers its requests, one after the other."""
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
     def handle(self):
-        self.client = Peer(self.request, self.server.speed)
-        self.server.clients.add(self.client)
-        try:
-            while self.answer():
-                pass
-        except (OSError, ValueError):  # the client or the server is gone, or has said what is no HTTP
-            pass
-        finally:
-            self.server.clients.discard(self.client)
-            self.client.close()
+        self.upstream = http.client.HTTPConnection(self.server.upstream)
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(self.upstream):
+            super().handle()  # until the client or the server is gone
 
     def answer(self):
-        """Answer one request; returns whether the connection may be used again."""
-        head, (method, path, version), headers = self.client.head()
-        proxy, expects = self.server, "100-continue" in headers.get("expect", "").lower()
-        number, proxy.latest, proxy.headers = proxy.count("requests"), f"{method} {path}", headers
+        proxy = self.server
+        with proxy.lock:
+            proxy.requests = number = proxy.requests + 1
+            proxy.latest, proxy.headers = f"{self.command} {self.path}", self.headers
         if proxy.on_request:
             proxy.on_request(number)
         time.sleep(proxy.delay)
-        keep = version == "HTTP/1.1" and "close" not in headers.get("connection", "").lower()
         if proxy.due("slow_downs", proxy.slow_down_every, 0):
-            self.refuse(method, headers, expects, "503 Slow Down", "SlowDown")
-            return keep
-        if proxy.due("resets", proxy.reset_every, proxy.reset_every // 2):
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            return False
-        if proxy.no_copy and method == "PUT" and "x-amz-copy-source" in headers:
-            proxy.count("copies_refused")
-            self.refuse(method, headers, expects, "501 Not Implemented", "NotImplemented")
-            return keep
-        upstream = proxy.connect()
-        try:
-            keep &= self.forward(upstream, method, head, headers, expects)
-        except BaseException:
-            upstream.close()
-            raise
-        return keep
-
-    def refuse(self, method, headers, expects, status, code):
-        """Read the request's body and answer with S3's XML of an error."""
-        if expects:
-            self.client.send([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        for _ in self.client.body(headers):
-            pass
-        body = ERROR.format(code)
-        head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
-        self.client.send([(head + body * (method != "HEAD")).encode()])
-
-    def forward(self, upstream, method, head, headers, expects):
-        """Pass the request on and the answer back; returns whether the client's connection may be used again."""
-        upstream.send([head])
-        whole, words = True, ["", "100"]
-        if expects and upstream.readable(1):
-            head, words, answer = upstream.head()
-            whole = words[1] == "100"  # or else the answer is final: the server does not want the body
-        elif expects:  # a server that waits for the body without a word
-            head = b"HTTP/1.1 100 Continue\r\n\r\n"
-        if words[1] == "100":
-            if expects:
-                self.client.send([head])
-            for block in self.client.body(headers):
-                try:
-                    if whole:
-                        upstream.send([block])
-                except OSError:  # the server wants no more of it and may have said why: read on to pass that on
-                    whole = False
-        while words[1] == "100":
-            head, words, answer = upstream.head()
-        empty, length = method == "HEAD" or words[1] in ("204", "304"), int(answer.get("content-length", 0))
-        every = self.server.truncate_every
-        self.client.send([head])
-        if method == "GET" and not empty and length and self.server.due("truncations", every, every // 2):
-            self.client.send(upstream.exactly(length // 2))
-            upstream.close()
-            return False
-        if not empty:
-            self.client.send(upstream.body(answer, until_close=True))
-        framed = empty or "content-length" in answer or "transfer-encoding" in answer
-        keep = framed and words[0] == "HTTP/1.1" and "close" not in answer.get("connection", "").lower()
-        if keep and whole:
-            self.server.idle.append(upstream)
+            self.refuse(503, "SlowDown")
+        elif proxy.due("resets", proxy.reset_every, proxy.reset_every // 2):
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.rfile.close(), self.connection.close()
+            self.close_connection = True
+        elif proxy.due("copies_refused", proxy.no_copy and "x-amz-copy-source" in self.headers, 0):
+            self.refuse(501, "NotImplemented")
         else:
-            upstream.close()
-        return keep
+            self.forward()
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
+
+    def refuse(self, status, code):
+        """Read the request's body and answer with S3's XML of an error."""
+        for _ in self.body():
+            pass
+        text = ERROR.format(code).encode()
+        self.send_response_only(status)
+        self.send_header("Content-Length", len(text))
+        self.end_headers()
+        self.wfile.write(text * (self.command != "HEAD"))
+
+    def body(self):
+        return self.blocks(self.rfile, int(self.headers.get("Content-Length", 0)))
+
+    def blocks(self, stream, size):
+        """Read so many bytes, at the proxy's speed."""
+        while size:
+            block = stream.read1(min(size, BLOCK))
+            if not block:
+                raise ConnectionError("closed")
+            time.sleep(len(block) / self.server.speed if self.server.speed else 0)
+            size -= len(block)
+            yield block
+
+    def forward(self):
+        """Pass the request on and the answer back."""
+        body = self.body() if "Content-Length" in self.headers else None
+        self.upstream.request(self.command, self.path, body, dict(self.headers))
+        answer, every = self.upstream.getresponse(), self.server.truncate_every
+        unsized = answer.length is None  # it comes in chunks, or ends with the connection
+        whole, size = (answer.read(), 0) if unsized else (b"", answer.length)
+        self.send_response_only(answer.status, answer.reason)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("transfer-encoding", "connection"):
+                self.send_header(name, value)
+        if unsized:
+            self.send_header("Content-Length", len(whole))
+        self.end_headers()
+        cut = self.command == "GET" and size and self.server.due("truncations", every, every // 2)
+        self.wfile.write(whole)
+        for block in self.blocks(answer, size // 2 if cut else size):
+            self.wfile.write(block)
+        answer.close()
+        if cut:
+            self.upstream.close()
+            self.close_connection = True

@@ -6,13 +6,6 @@ import sys
 
 from . import environment, free_port, listening, running, wait_until
 
-# As a bucket that is encrypted with KMS, whose ETags are no MD5s: an object that is put again gets another one.
-OTHER_ETAGS = """
-import uuid
-from moto.s3.models import FakeKey
-FakeKey.etag = property(lambda key: '"%s"' % key.__dict__.setdefault("random_etag", uuid.uuid4().hex))
-"""
-
 # A folder `million` of 1,002 folders with 999 objects each. moto looks at all keys for each answer; this makes those of
 # the folder that is listed.
 MILLION = """
@@ -38,15 +31,10 @@ S3Backend.list_objects = list_objects
 
 
 @contextlib.contextmanager
-def moto(directory, setup="", certificate=None):
-    """Run moto's server; yields its environment variables. The log is directory/moto.log.
-
-    setup: Python code that it runs first. certificate: a PEM file of a certificate and its key, for https.
-    """
+def moto(directory, setup=""):
+    """Run moto's server, first this Python code; yields its environment variables. The log is directory/moto.log."""
     port, log = free_port(), pathlib.Path(directory) / "moto.log"
-    options = ["-c", certificate, "-k", certificate] if certificate else []
     code = f"{setup}\nfrom moto.server import main\nmain()"
-    with running([sys.executable, "-c", code, "-H", "127.0.0.1", "-p", port, *options], log) as server:
+    with running([sys.executable, "-c", code, "-H", "127.0.0.1", "-p", port], log) as server:
         wait_until(lambda: listening(port), "moto", log, server)
-        env = environment(port, dict.fromkeys(["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"], "testing"))
-        yield env | {"AWS_ENDPOINT_URL": env["AWS_ENDPOINT_URL"].replace("http", "https" if certificate else "http")}
+        yield environment(port, dict.fromkeys(["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"], "testing"))
