@@ -47,6 +47,8 @@ SETTINGS = {
 SPLITS = ("train", "val", "test")
 THREADS = 32  # transfers in flight: enough to hide 40 ms a request, few enough for a small server
 SILENCE = 60  # seconds without a byte until a connection counts as broken, however long the transfer takes
+# ImportError: "Please install gcsfs to access Google Storage"
+ERRORS = BotoCoreError, ClientError, BaseError, OSError, ValueError, ImportError, zipfile.BadZipFile, zlib.error
 # In the name of a variable that holds a secret, or the path of a file that does.
 SECRET = "SECRET|TOKEN|PASSW|PASSPHRASE|API_KEY|KEY$|SMTP_URL|WEBHOOK|DATABASE_URL|CONNECTION_STRING"
 PATH = "_(FILE|PATH|DIR)$"
@@ -77,9 +79,8 @@ def connect():
         os.environ.update(serve(REPOSITORY / ".s3"))
     try:
         forget_connection()
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or boto3.Session().region_name
-        os.environ |= dict.fromkeys(["AWS_REGION", "AWS_DEFAULT_REGION"], region or "us-east-1")  # boto3: the latter
-        os.environ |= SETTINGS | os.environ
+        region = os.environ.get("AWS_REGION") or boto3.Session().region_name or "us-east-1"
+        os.environ |= SETTINGS | os.environ | {"AWS_REGION": region, "AWS_DEFAULT_REGION": region}  # boto3: the latter
         limits = Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 5})
         quick = boto3.client("s3", config=limits)
     except (BotoCoreError, ValueError) as error:
@@ -202,7 +203,7 @@ def translate_errors(url):
         yield
     except StorageError:
         raise
-    except (BotoCoreError, ClientError, BaseError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except ERRORS as error:
         raise _translate(url, error) from None
 
 
@@ -422,12 +423,8 @@ def list_pages(url, convert=list):
 @contextmanager
 def open_filesystem(url):
     """The file system and path of any fsspec URL; errors within become StorageErrors that name the URL."""
-    options = _bucket_options(_bucket_of(url))
-    try:
-        with translate_errors(url):
-            yield fsspec.url_to_fs(str(url), use_listings_cache=False, **options)
-    except ImportError as error:  # "Please install gcsfs to access Google Storage"
-        raise StorageError(f"{url}: {error}.") from None
+    with translate_errors(url):
+        yield fsspec.url_to_fs(str(url), use_listings_cache=False, **_bucket_options(_bucket_of(url)))
 
 
 def write(url, data):

@@ -157,7 +157,7 @@ def test_each_notebook_alone_says_which_one_it_needs(embedded, tmp_path, bucket)
 
 def test_a_server_that_fails_all_the_time_and_a_kernel_killed_in_the_middle(embedded, tmp_path, bucket, every, whole):
     """On a server that cannot copy either, and killed while it trains: in the end all is as if nothing had been."""
-    faults, seen = dict(slow_down_every=5, reset_every=11, truncate_every=7, no_copy=True), set()
+    faults, seen = dict(slow_down_every=9, reset_every=11, truncate_every=7, no_copy=True), set()
     with (
         fault_proxy(embedded["AWS_ENDPOINT_URL"], **faults) as proxy,
         connected(embedded | {"AWS_ENDPOINT_URL": proxy.url}),

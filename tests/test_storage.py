@@ -29,7 +29,7 @@ import pytest
 import trustme
 from papermill.iorw import load_notebook_node, papermill_io
 from servers import free_port, listening, wait_until
-from servers.embedded import cleaned
+from servers.embedded import cleaned, connected
 from servers.fault_proxy import fault_proxy
 
 from helpers import storage
@@ -71,12 +71,10 @@ def connect(env, **more):
 
 @contextlib.contextmanager
 def proxied(**settings):
-    """This process connected through a proxy, and as before in the end."""
-    server = os.environ["AWS_ENDPOINT_URL"]
-    with fault_proxy(server, **settings) as proxy:
-        connect({"AWS_ENDPOINT_URL": proxy.url})
-        yield proxy
-    connect({"AWS_ENDPOINT_URL": server})
+    """This process connected through a proxy."""
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"], **settings) as proxy:
+        with connected(os.environ | {"AWS_ENDPOINT_URL": proxy.url}):
+            yield proxy
 
 
 def new_bucket():
@@ -367,8 +365,10 @@ def test_a_store_with_a_certificate_authority_of_its_own(s3, tmp_path):
     authority.issue_cert("127.0.0.1").configure_cert(context)
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         proxy.socket = context.wrap_socket(proxy.socket, server_side=True)
+        os.environ.update(AWS_ENDPOINT_URL=proxy.url.replace("http", "https"), AWS_MAX_ATTEMPTS="1")
+        storage.forget_connection()
         with refused("CERTIFICATE_VERIFY_FAILED"):
-            connect({"AWS_ENDPOINT_URL": proxy.url.replace("http", "https")})
+            storage.buckets()
         connect({"AWS_CA_BUNDLE": str(tmp_path / "authority.pem")})
         assert list(storage.objects(s3)) == storage.list_files(s3) == sorted(PETS)
 

@@ -1,7 +1,4 @@
-"""A real Ceph of one node with its Object Gateway: one monitor and one OSD that keeps everything in memory.
-
-Debian and Ubuntu: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-common
-"""
+"""A real Ceph of one node with its Object Gateway: one monitor and one OSD that keeps everything in memory."""
 
 import contextlib
 import pathlib
@@ -74,10 +71,8 @@ def ceph(directory):
     fsid, osd_uuid, mon_port, port = str(uuid.uuid4()), str(uuid.uuid4()), free_port(), free_port()
     conf, monmap = directory / "ceph.conf", directory / "monmap"
     conf.write_text(CONF.format(fsid=fsid, mon_port=mon_port, port=port, directory=directory))
-    mon_address = f"v1:127.0.0.1:{mon_port}"
 
     def run(program, *arguments, tries=1):
-        """Run a program to its end; returns what it prints."""
         for _ in range(tries):
             done = subprocess.run([program, "-c", conf, *arguments], capture_output=True, text=True, timeout=60)
             if not done.returncode:
@@ -85,21 +80,18 @@ def ceph(directory):
         raise RuntimeError(f"{program} {' '.join(map(str, arguments))}: {done.stderr[-2000:]}")
 
     def daemon(name, *command):
-        """Start a daemon that ends with the stack."""
         return stack.enter_context(running([*command, "-c", conf, "-f"], directory / f"{name}.out"))
 
-    def osd_is_up():
-        return " 1 up" in run("ceph", "osd", "stat", tries=20)
-
     with contextlib.ExitStack() as stack:
-        run("monmaptool", "--create", "--addv", "a", f"[{mon_address}]", "--fsid", fsid, monmap)
+        run("monmaptool", "--create", "--addv", "a", f"[v1:127.0.0.1:{mon_port}]", "--fsid", fsid, monmap)
         run("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
-        mon = daemon("mon", "ceph-mon", "-i", "a", "--public-addr", mon_address)
+        mon = daemon("mon", "ceph-mon", "-i", "a", "--public-addr", f"v1:127.0.0.1:{mon_port}")
         wait_until(lambda: listening(mon_port), "ceph-mon", directory / "mon.out", mon)
         run("ceph", "osd", "new", osd_uuid, tries=20)
         run("ceph", "osd", "crush", "add", "osd.0", "1", "host=one", "root=default", tries=20)
         run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd_uuid)
         osd = daemon("osd", "ceph-osd", "-i", "0")
+        osd_is_up = lambda: " 1 up" in run("ceph", "osd", "stat", tries=20)
         wait_until(osd_is_up, "ceph-osd", directory / "osd.out", mon, osd)
         gateway = daemon("rgw", "radosgw", "-n", "client.rgw")
         wait_until(lambda: listening(port), "radosgw", directory / "rgw.out", mon, osd, gateway)

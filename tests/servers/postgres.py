@@ -1,7 +1,4 @@
-"""A real PostgreSQL with a database and a user that has a password.
-
-Debian and Ubuntu: apt-get install --no-install-recommends postgresql
-"""
+"""A real PostgreSQL with a database and a user that has a password."""
 
 import contextlib
 import glob
