@@ -44,7 +44,6 @@ def test_what_the_lock_installs_is_here_and_fits_together():
     applies = lambda requirement: not requirement.marker or requirement.marker.evaluate({"extra": ""})
     locked = [requirement for requirement in map(Requirement, LOCK[1:]) if applies(requirement)]
     needed = [Requirement(text) for each in locked for text in metadata.requires(each.name) or ()]
-    assert len(needed) > 300
     for requirement in [*locked, *filter(applies, needed)]:
         assert requirement.specifier.contains(metadata.version(requirement.name), prereleases=True), requirement
 

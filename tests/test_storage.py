@@ -235,7 +235,6 @@ echo '{"Version": 1, "AccessKeyId": "key'$(wc -l < "$0.count")'", "SecretAccessK
 
 
 def test_a_slow_link_is_not_taken_for_a_silent_one(s3, monkeypatch):
-    """The transfer takes longer than the longest silence."""
     put(s3, {"slow": bytes(4 * MB)})
     monkeypatch.setattr(storage, "SILENCE", 0.5)
     with proxied(speed=4 * MB) as proxy:
@@ -518,7 +517,6 @@ def test_split_otherwise_is_refused_and_a_class_too_small_for_it_is_named(s3):
 
 
 def test_connect_names_the_setting_that_is_wrong(embedded_env, moto_env, ceph_env):
-    """moto checks no keys."""
     nowhere, wrong = f"http://127.0.0.1:{free_port()}", secrets.token_hex(20)
     for env, name, value, said in [
         (moto_env, "AWS_ENDPOINT_URL", nowhere, ["Nothing answers", nowhere]),
@@ -663,5 +661,5 @@ end = time.monotonic()
 atexit.register(lambda: os._exit(time.monotonic() - end > 5))  # which comes when the threads are done
 """
     folder(tmp_path / "pictures", PETS)
-    command = [sys.executable, "-c", program, tmp_path]
-    subprocess.run(command, cwd=storage.REPOSITORY, stderr=subprocess.DEVNULL, timeout=60, check=True)
+    process = start(program, tmp_path, stderr=subprocess.DEVNULL)
+    assert process.wait(60) == 0
