@@ -1,16 +1,12 @@
 """Notebooks on several processes and machines: the same results as on one, and what happens when one breaks."""
 
 import contextlib
-import io
-import logging
+import functools
 import multiprocessing
 import os
-import re
 import signal
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -18,7 +14,8 @@ import torch
 from servers import free_port
 from servers.embedded import cleaned
 
-from helpers import experiment, storage
+from executed import ForkedKernel, start_server
+from helpers import experiment, run, storage
 from helpers.chapters import processes
 from test_run import outputs_of, write
 
@@ -61,6 +58,38 @@ distributed.barrier()  # where process 0 waits for the other one""",
 )
 
 
+@pytest.fixture(autouse=True)
+def environment(embedded_env):
+    """What a user has set who has an S3."""
+    with cleaned():
+        os.environ |= embedded_env
+        yield
+
+
+@pytest.fixture
+def ready_kernels(monkeypatch):
+    """Kernels have imported PyTorch already."""
+    start_server()
+    monkeypatch.setattr(run, "run_papermill", functools.partial(run.run_papermill, kernel=ForkedKernel))
+
+
+def main(folder, words):
+    os.chdir(folder)
+    with open("said", "w") as sys.stdout:
+        sys.stderr = sys.stdout
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
+        sys.exit(processes.main([*map(str, words)]))
+
+
+def launch(folder, *words):
+    """Start `python -m helpers run` with these words in a copy of this process; what it says goes to folder/said."""
+    folder.mkdir(exist_ok=True)
+    launcher = multiprocessing.get_context("fork").Process(target=main, args=(folder, words))
+    launcher.start()
+    return launcher
+
+
 def left(processes, seconds=10):
     """Those of the processes that have not ended after some seconds; they are killed now."""
     _, alive = psutil.wait_procs(processes, timeout=seconds)
@@ -69,80 +98,6 @@ def left(processes, seconds=10):
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     return alive
-
-
-def launch(folder, *words):
-    """`python -m helpers run` with these words, in this process: (exit code, what it prints)."""
-    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
-        code = processes.main([*map(str, words)])
-    return code, printed.getvalue()
-
-
-def launch_in_fork(folder, *words):
-    """The same in a process of its own, which leaves its exit code and what it prints in files."""
-    with open(folder / "said", "w") as said, contextlib.redirect_stderr(said):
-        code, printed = launch(folder, *words)
-    (folder / "printed").write_text(f"{code} {printed}")
-
-
-@pytest.fixture(scope="module")
-def environment(moto_env):
-    """What a user has set who has an S3; this process has it, too."""
-    with cleaned():
-        os.environ |= moto_env
-        yield dict(os.environ)
-    logging.disable(logging.NOTSET)
-
-
-@pytest.fixture
-def hosts():
-    """Two network namespaces joined by a cable, each with a loopback of its own: (names, addresses)."""
-    names, net = [f"cloud{os.getpid()}{side}" for side in "ab"], f"10.{os.getpid() % 250}.77"
-    ip = lambda words, check=True: subprocess.run(["ip", *words.split()], check=check, capture_output=True)
-    try:
-        try:
-            for name in names:
-                ip(f"netns add {name}")
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"needs root and `ip netns add`: {getattr(error, 'stderr', b'').decode() or error}")
-        ip(f"link add cable netns {names[0]} type veth peer name cable netns {names[1]}")
-        for number, name in enumerate(names, 1):
-            ip(f"-n {name} addr add {net}.{number}/24 dev cable")
-            for device in ("lo", "cable"):
-                ip(f"-n {name} link set {device} up")
-        yield names, f"{net}.1"
-    finally:
-        for name in names:
-            ip(f"netns del {name}", check=False)
-
-
-@pytest.mark.slow
-def test_two_hosts_come_to_what_one_process_comes_to(tmp_path, environment, hosts):
-    """Two processes on one host do so on the page of 09."""
-    names, first = hosts
-    notebook, place = write(tmp_path, "train.ipynb", *TRAIN), tmp_path / "two"
-    exec(TRAIN[1], {"batch_size": 16, "place": f"{tmp_path}/alone"})
-    env = {name: value for name, value in environment.items() if not name.startswith("AWS_")}
-    env |= {"GLOO_SOCKET_IFNAME": "cable", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-    words = f"{notebook} --nodes 2 --rendezvous {first}:{free_port()} -o {place} -p place {place}/model".split()
-    words += "-p batch_size 8 --node-rank".split()
-    options = dict(cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    command = [sys.executable, "-m", "helpers", "run", *words]
-    nodes = [
-        subprocess.Popen(["ip", "netns", "exec", name, *command, str(i)], **options) for i, name in enumerate(names)
-    ]
-    try:
-        said = [node.communicate(timeout=180) for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
-    assert [node.returncode for node in nodes] == [0, 0] and "Traceback" not in said[0][1], said
-    (one, losses), (two, others) = (experiment.load_model(tmp_path / each) for each in ("alone", "two/model"))
-    assert losses == pytest.approx(others, rel=1e-4)
-    for name, weights in one.items():
-        torch.testing.assert_close(weights, two[name], rtol=1e-4, atol=1e-5)
-    assert outputs_of(place / "train.ipynb").endswith("rank 0 of 2\n")
-    assert "ok     train.ipynb" in said[1][0] and said[1][0].endswith("Results are on the first machine.\n")
 
 
 def begun(folder):
@@ -155,48 +110,59 @@ def begun(folder):
     return kernels + [kernel.parent() for kernel in kernels]
 
 
-def test_error_in_one_process_is_told_once_with_its_number_and_not_what_it_did_to_the_other(
-    tmp_path, environment, capfd
-):
+@pytest.mark.slow
+def test_two_machines_come_to_what_one_process_comes_to(tmp_path, ready_kernels):
+    """Here these are two launchers on one machine. Two processes of one launcher do so on the page of 09."""
+    exec(TRAIN[1], {"batch_size": 16, "place": f"{tmp_path}/alone"})
+    words = [write(tmp_path, "train.ipynb", *TRAIN), "-p", "batch_size", 8, "-p", "place", tmp_path / "two"]
+    words += ["-o", tmp_path, "--nodes", 2, "--rendezvous", f"127.0.0.1:{free_port()}", "--node-rank"]
+    nodes = [launch(tmp_path / str(rank), *words, rank) for rank in range(2)]
+    for node in nodes:
+        node.join(180)
+        node.kill()
+    said = [(tmp_path / f"{rank}/said").read_text() for rank in range(2)]
+    assert [node.exitcode for node in nodes] == [0, 0] and "Traceback" not in said[0], said
+    (one, losses), (two, others) = (experiment.load_model(tmp_path / each) for each in ("alone", "two"))
+    assert losses == pytest.approx(others, rel=1e-4)
+    for name, weights in one.items():
+        torch.testing.assert_close(weights, two[name], rtol=1e-4, atol=1e-5)
+    assert outputs_of(tmp_path / "train.ipynb").endswith("rank 0 of 2\n")
+    assert "ok     train.ipynb" in said[1] and said[1].endswith("Results are on the first machine.\n")
+
+
+def test_error_in_one_process_is_told_once_with_its_number_and_not_what_it_did_to_the_other(tmp_path, ready_kernels):
     words = [write(tmp_path, "meet.ipynb", *MEET), "--processes", 2, "-o", "out", "-p", "meets", 1]
-    code, printed = launch(tmp_path, *words, "-p", "note", "so ein Glück")
-    assert code == 1 and printed.count("FAILED meet.ipynb, process 1: In [4]: ValueError: no luck today\n") == 1
+    launcher = launch(tmp_path, *words, "-p", "note", "so ein Glück")
+    launcher.join()
+    said = (tmp_path / "said").read_text()
+    assert launcher.exitcode == 1 and "Traceback" not in said
+    assert said.count("FAILED meet.ipynb, process 1: In [4]: ValueError: no luck today\n") == 1
     kernels = [int(path.read_text()) for path in tmp_path.glob("begun-*")]
     assert len(kernels) == 2 and not left([psutil.Process(one) for one in kernels if psutil.pid_exists(one)])
-    assert "Traceback" not in capfd.readouterr().err
     assert outputs_of(tmp_path / "out/meet.ipynb").startswith("rank 0 so ein Glück\n")  # that of process 0 is kept
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"meet.ipynb", "meet.html", "index.html"}
 
 
-def test_killed_process_is_told_with_its_number_and_takes_its_kernel_along(tmp_path, environment):
-    def kill():
-        family = begun(tmp_path)
-        family[3].kill()
-        return family
-
-    with ThreadPoolExecutor(1) as pool:
-        family = pool.submit(kill)
-        code, printed = launch(tmp_path, write(tmp_path, "meet.ipynb", *MEET), "--processes", 2, "-o", "out")
-    assert code == 1 and not left(family.result())
-    assert re.search(r"FAILED meet.ipynb, process 1: ended with exit code -9 \(.*\)\n", printed)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_signal_to_the_launcher_ends_all_of_it(number, tmp_path, environment):
-    words = tmp_path, write(tmp_path, "meet.ipynb", *MEET), "--processes", 2, "-o", "out"
-    launcher = multiprocessing.get_context("fork").Process(target=launch_in_fork, args=words)
-    launcher.start()
+@pytest.mark.parametrize(
+    "who, number, code, sentence",
+    [
+        ("process 1", signal.SIGKILL, 1, "FAILED meet.ipynb, process 1: ended with exit code -9 ("),
+        ("launcher", signal.SIGTERM, 130, "interrupted meet.ipynb"),
+        ("launcher", signal.SIGKILL, -9, ""),  # says and saves nothing
+    ],
+)
+def test_what_is_killed_takes_all_of_it_along(who, number, code, sentence, tmp_path):
+    launcher = launch(tmp_path, write(tmp_path, "meet.ipynb", *MEET), "--processes", 2, "-o", "out")
     try:
         family = begun(tmp_path)
-        os.kill(launcher.pid, number)
+        os.kill(launcher.pid if who == "launcher" else family[3].pid, number)
         launcher.join(30)
         assert not launcher.is_alive() and not left(family)
     finally:
         launcher.kill()
-    if number == signal.SIGTERM:  # the other says and saves nothing
-        printed = (tmp_path / "printed").read_text()
-        assert printed.startswith("130 ") and "interrupted meet.ipynb" in printed
-        assert (tmp_path / "said").read_text() == ""
+    said = (tmp_path / "said").read_text()
+    assert launcher.exitcode == code and sentence in said and "Traceback" not in said
+    if sentence:
         assert "distributed.barrier" in (tmp_path / "out/meet.ipynb").read_text()
         assert (tmp_path / "out/index.html").exists()
 

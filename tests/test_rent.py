@@ -16,19 +16,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import boto3
-import botocore.client
-import botocore.exceptions
 import nbformat
 import psutil
 import pytest
 from servers import embedded
 
-from helpers import run, storage
+from helpers import storage
 from helpers.chapters import rent
 from test_run import outputs_of, write
 
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"  # in two pieces: no tracked file may show a secret that is set
 TOKEN = "a-token-of-12-or-more"
+SHOW = (
+    "#parameters\nbucket = 'another'\ntext = ''\nnote = ''",
+    """
+import os, time
+from pathlib import Path
+print("the kernel has begun:", text)
+Path(note).write_text(str(os.getpid()))
+time.sleep(600)""",
+)
 bundle_source = rent.bundle_source  # packed once for all machines of the tests
 
 
@@ -43,31 +50,16 @@ def account(moto_env, tmp_path_factory):
         ec2.create_key_pair(KeyName=name)
         group = ec2.create_security_group(GroupName=name, Description="for the tests")["GroupId"]
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]
-        words = dict(image_id=image["ImageId"], instance_type="g4dn.xlarge", instance_profile=name, key_name=name)
+        words = dict(image_id=image["ImageId"], instance_type="g4dn.xlarge", instance_profile=name)
+        words |= dict(key_name=name, security_group=group)
         notebook = write(tmp_path_factory.mktemp("account"), "show.ipynb", *SHOW)
-        words["security_group"] = group
-        yield SimpleNamespace(ec2=ec2, name=name, image=image, group=group, words=words, notebook=notebook)
+        yield SimpleNamespace(ec2=ec2, image=image, words=words, notebook=notebook)
 
 
 @pytest.fixture
-def rented(account):
+def rented(account, bucket):
     """The account, and the name of a bucket that is not there yet."""
-    bucket = f"bucket-{time.time_ns()}"
     return SimpleNamespace(**vars(account) | {"bucket": bucket, "words": account.words | {"bucket": bucket}})
-
-
-SHOW = (
-    "#parameters\ntext = ''\nmode = 'works'\nnote = ''",
-    """
-import os, time
-from pathlib import Path
-from IPython.display import display
-print("the kernel has begun")
-Path(note).write_text(str(os.getpid()))
-if mode == "hangs":
-    time.sleep(600)""",
-    """display({"application/json": {"text": text}}, raw=True)""",
-)
 
 
 def submit(rented, capsys, *words, **changed):
@@ -92,95 +84,100 @@ def script_of(rented, instance):
     return base64.b64decode(value).decode()
 
 
-def count(rented):
-    pages = rented.ec2.get_paginator("describe_instances").paginate()
-    return sum(len(group["Instances"]) for page in pages for group in page["Reservations"])
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """{request: arguments of the last one} of what AWS is asked for from now on; `refused`, the requests it refuses."""
-    make, calls = botocore.client.BaseClient._make_api_call, {"refused": ()}
-
-    def call(self, name, given):
-        calls[name] = given
-        if name in calls["refused"]:
-            raise botocore.exceptions.ClientError({"Error": {"Code": "InsufficientInstanceCapacity"}}, name)
-        return make(self, name, given)
-
-    monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", call)
-    return calls
-
-
-def test_ec2_is_asked_for_a_machine_as_told_tagged_without_a_key_and_ending_when_it_shuts_down(rented, capsys, asked):
+def test_ec2_is_asked_for_a_machine_as_told_tagged_without_a_key_and_ending_when_it_shuts_down(
+    rented, capsys, monkeypatch
+):
+    make, asked = rent.make_request, []
+    monkeypatch.setattr(rent, "make_request", lambda *given: asked.append(make(*given)) or asked[-1])
     code, instance = submit(rented, capsys, "--spot", "--disk", "77", "-p", "text", "x")
     assert code == 0 and describe(rented, instance)["InstanceLifecycle"] == "spot"
-    given, script = asked["RunInstances"], script_of(rented, instance)
-    tags, disk = given.pop("TagSpecifications"), {"VolumeSize": 77, "DeleteOnTermination": True}
-    expected = dict(ImageId=rented.image["ImageId"], InstanceType="g4dn.xlarge", MinCount=1, MaxCount=1)
-    expected |= dict(KeyName=rented.name, SecurityGroupIds=[rented.group], IamInstanceProfile={"Name": rented.name})
-    expected |= dict(InstanceInitiatedShutdownBehavior="terminate", MetadataOptions={"HttpTokens": "required"})
-    expected["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}}
-    expected["BlockDeviceMappings"] = [{"DeviceName": rented.image["RootDeviceName"], "Ebs": disk}]
-    assert {name: given[name] for name in given.keys() - {"UserData", "ClientToken"}} == expected
-    job = rent.status(instance)[0]["job"]
-    assert job.startswith(f"s3://{rented.bucket}/jobs/show/20")
-    wanted = [{"Key": key, "Value": value} for key, value in dict(Name="show", Project=rent.PROJECT, Job=job).items()]
-    assert tags == [{"ResourceType": kind, "Tags": wanted} for kind in ("instance", "volume")]
+    [given], script, job = asked, script_of(rented, instance), rent.status(instance)[0]["job"]
+    assert job.startswith(f"s3://{rented.bucket}/jobs/show/20") and given["UserData"] == script
+    tags = [{"Key": key, "Value": value} for key, value in dict(Name="show", Project=rent.PROJECT, Job=job).items()]
+    disk = {"VolumeSize": 77, "DeleteOnTermination": True}
+    assert given == dict(
+        ImageId=rented.words["image_id"],
+        InstanceType="g4dn.xlarge",
+        MinCount=1,
+        MaxCount=1,
+        UserData=script,
+        IamInstanceProfile={"Name": rented.words["instance_profile"]},
+        InstanceInitiatedShutdownBehavior="terminate",
+        MetadataOptions={"HttpTokens": "required"},
+        BlockDeviceMappings=[{"DeviceName": rented.image["RootDeviceName"], "Ebs": disk}],
+        TagSpecifications=[{"ResourceType": kind, "Tags": tags} for kind in ("instance", "volume")],
+        KeyName=rented.words["key_name"],
+        SecurityGroupIds=[rented.words["security_group"]],
+        InstanceMarketOptions={"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}},
+    )
     assert script.startswith("#!/bin/bash\n") and len(script.encode()) < 16_000
     for name in "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID":
         assert os.environ[name] not in script and name not in script
     assert f"export AWS_ENDPOINT_URL_S3={os.environ['AWS_ENDPOINT_URL']}\n" in script
-    assert "export AWS_REGION=us-east-1\n" in script
-    assert submit(rented, capsys, key_name=None, security_group=None)[0] == 0
-    assert not {"InstanceMarketOptions", "KeyName", "SecurityGroupIds"} & asked["RunInstances"].keys()
+    assert f"set -- run {job}/show.ipynb --output {job}/output --processes 0\n" in script  # one for each GPU
 
 
-def test_script_names_amazons_s3_where_no_address_is_set(monkeypatch):
-    with embedded.cleaned():
+def test_notebook_there_reads_the_bucket_it_was_submitted_with(rented, capsys):
+    for given, expected in ([], rented.bucket), (["-p", "bucket", "mine"], "mine"):
+        code, instance = submit(rented, capsys, *given, key_name=None, security_group=None)
+        [row] = rent.status(instance)
+        cells = nbformat.reads(storage.read(f"{row['job']}/show.ipynb").decode(), as_version=4).cells
+        [injected] = [cell.source for cell in cells if "injected-parameters" in cell.metadata.tags]
+        assert f'bucket = "{expected}"' in injected
+
+
+def test_machine_knows_amazons_s3_and_ends_after_its_time_and_when_it_boots_again_whatever_the_script_does(
+    tmp_path, monkeypatch
+):
+    """Only the script's first part runs here, in which no work is done yet: systemd knows already."""
+    with embedded.cleaned():  # where no address is set, a machine without one would begin a server of its own
         os.environ["AWS_REGION"] = "eu-central-1"
         monkeypatch.setattr(storage, "client", lambda: boto3.Session(region_name="eu-central-1").client("s3"))
-        script = rent.make_user_data("s3://b/jobs/x", "02_train", 1)
+        script = rent.make_user_data("s3://bucket/jobs/x", "show", max_hours=2)
     assert "export AWS_ENDPOINT_URL_S3=https://s3.eu-central-1.amazonaws.com\n" in script
-    assert "export AWS_REGION=eu-central-1\n" in script and "MAX_SECONDS=3600\n" in script
+    assert "export AWS_REGION=eu-central-1\n" in script
+    for name in "shutdown", "systemctl", "systemd-run":
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "$(basename "$0") $*" >> {tmp_path}/said\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UNITS": str(tmp_path), "TMPDIR": str(tmp_path)}
+    subprocess.run(["bash", "-c", script.split("\n\n")[0]], env=environment, check=True, timeout=20)
+    said = ["systemctl enable end-this-machine", "systemd-run --on-active=7800 shutdown -h now", "shutdown -h now"]
+    assert (tmp_path / "said").read_text().splitlines() == said
+    subprocess.run(["systemd-analyze", "verify", tmp_path / "end-this-machine.service"], check=True, timeout=20)
 
 
-def test_what_cannot_work_is_told_and_nothing_is_started_or_stored(rented, capsys):
+def test_what_cannot_work_is_told_and_nothing_is_started_or_stored(rented, capsys, monkeypatch):
     ami, group = "ami-00000000000000000", "sg-00000000000000000"
     nobody = dict(image_id=ami, instance_profile="nobody", key_name="nobody", security_group=group)
     names = f"no image {ami}, no instance profile nobody, no key pair nobody, no security group {group} in "
-    before = count(rented)
+    before = rent.status()
     for words, changed, sentence in (
         ([], nobody, f"error: there is {names}"),
-        (["-p", "nobody", "1"], {}, "error: no parameter nobody in these notebooks; there are: mode, note, text"),
+        (["-p", "nobody", "1"], {}, "error: no parameter nobody in these notebooks; there are: bucket, note, text"),
         (["-p", "text", f"key={SECRET}"], {}, "show AWS_SECRET_ACCESS_KEY: remove it"),
     ):
         code, said = submit(rented, capsys, *words, **changed)
         assert code == 2 and sentence in said and SECRET not in said
-    assert count(rented) == before and rented.bucket not in storage.buckets()
-
-
-def test_what_ec2_refuses_or_does_not_know_is_told_with_its_code(rented, capsys, asked, tmp_path):
-    asked["refused"] = ["RunInstances"]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_EC2", "https://ec2.us-east-1.amazonaws.com")
     code, said = submit(rented, capsys)
-    assert code == 1 and said.startswith("EC2: ") and "RunInstances" in said and "InsufficientInstanceCapacity" in said
+    assert code == 1 and said.startswith(f"A rented machine cannot reach S3 at {os.environ['AWS_ENDPOINT_URL']}: set ")
+    monkeypatch.undo()
+    assert rent.status() == before and rented.bucket not in storage.buckets()
+
+
+def test_what_ec2_refuses_or_does_not_know_is_told_with_its_code(rented, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(rent, "make_request", lambda *_: dict(SecurityGroupIds=["nobody"], MinCount=1, MaxCount=1))
+    code, said = submit(rented, capsys)
+    assert code == 1 and said.startswith("EC2: ") and "RunInstances" in said and "InvalidGroup" in said
     with embedded.connected(storage.serve(tmp_path / "s3")):  # an S3, which rents no machines
         code, said = submit(rented, capsys)
     assert code == 1 and said.startswith("EC2: ") and "AWS_ENDPOINT_URL_S3" in said
 
 
-def test_s3_on_this_machine_is_no_place_for_a_machine_elsewhere(rented, capsys, monkeypatch, asked):
-    monkeypatch.setenv("AWS_ENDPOINT_URL_EC2", "https://ec2.us-east-1.amazonaws.com")
-    code, said = submit(rented, capsys)
-    assert code == 1 and said.startswith(f"A rented machine cannot reach S3 at {os.environ['AWS_ENDPOINT_URL']}: set ")
-    assert asked.keys() == {"refused", "ListBuckets"}  # EC2 is asked for nothing
-    assert rented.bucket not in storage.buckets()
-
-
 def test_source_is_tracked_files_only_as_they_are_now_with_their_times_and_without_a_secret(tmp_path, monkeypatch):
     """That it is enough to work with is tried by the machines below."""
     monkeypatch.setattr(storage, "REPOSITORY", tmp_path)
-    for name in "tracked.py", "untracked.py", ".env":
+    for name in "tracked.py", ".env":
         (tmp_path / name).write_text("x = 1\n")
     for command in ["init", "-q"], ["add", "tracked.py"]:
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
@@ -191,32 +188,8 @@ def test_source_is_tracked_files_only_as_they_are_now_with_their_times_and_witho
         assert (packed.name, packed.mtime) == ("tracked.py", 1e9) and archive.extractfile(packed).read() == b"x = 2\n"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     (tmp_path / "tracked.py").write_text(f"key = {SECRET!r}\n")
-    with pytest.raises(ValueError, match="tracked.py shows AWS_SECRET_ACCESS_KEY") as raised:
+    with pytest.raises(ValueError, match="tracked.py shows AWS_SECRET_ACCESS_KEY: remove it$"):
         bundle_source()
-    assert SECRET not in str(raised.value)
-
-
-def test_notebook_there_reads_the_bucket_it_was_submitted_with(rented, capsys, tmp_path):
-    rented.notebook = write(tmp_path, "reads.ipynb", "#parameters\nbucket = 'another'", "bucket")
-    for given, expected in ([], rented.bucket), (["-p", "bucket", "mine"], "mine"):
-        [row] = rent.status(submit(rented, capsys, *given)[1])
-        assert row["job"].startswith(f"s3://{rented.bucket}/jobs/reads/")
-        cells = nbformat.reads(storage.read(f"{row['job']}/reads.ipynb").decode(), as_version=4).cells
-        [injected] = [cell.source for cell in cells if "injected-parameters" in cell.metadata.tags]
-        assert f'bucket = "{expected}"' in injected
-
-
-def test_machine_ends_after_its_time_and_when_it_boots_again_whatever_the_script_does(rented, tmp_path):
-    """Only the script's first part runs here, in which no work is done yet: systemd knows already."""
-    first = rent.make_user_data("s3://bucket/jobs/x", "show", max_hours=2).split("\n\n")[0]
-    for name in "shutdown", "systemctl", "systemd-run":
-        (tmp_path / name).write_text(f'#!/bin/bash\necho "$(basename "$0") $*" >> {tmp_path}/said\n')
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UNITS": str(tmp_path), "TMPDIR": str(tmp_path)}
-    subprocess.run(["bash", "-c", first], env=environment, check=True, timeout=20)
-    said = ["systemctl enable end-this-machine", "systemd-run --on-active=7800 shutdown -h now", "shutdown -h now"]
-    assert (tmp_path / "said").read_text().splitlines() == said
-    subprocess.run(["systemd-analyze", "verify", tmp_path / "end-this-machine.service"], check=True, timeout=20)
 
 
 def test_status_and_logs_of_our_machines_and_only_they_are_terminated(rented, capsys, monkeypatch):
@@ -225,7 +198,7 @@ def test_status_and_logs_of_our_machines_and_only_they_are_terminated(rented, ca
         return capsys.readouterr().out.split("\n", 1)[1]  # without the line of storage.connect
 
     first, second = (submit(rented, capsys)[1] for _ in range(2))
-    [other] = rented.ec2.run_instances(ImageId=rented.image["ImageId"], MinCount=1, MaxCount=1)["Instances"]
+    [other] = rented.ec2.run_instances(ImageId=rented.words["image_id"], MinCount=1, MaxCount=1)["Instances"]
     job = {row["instance"]: row["job"] for row in rent.status()}
     assert rent.logs(first) == rented.ec2.get_console_output(InstanceId=first)["Output"] != ""
     storage.write(f"{job[first]}/log.txt", "grüße\nfrom it".encode())
@@ -235,10 +208,9 @@ def test_status_and_logs_of_our_machines_and_only_they_are_terminated(rented, ca
     assert {first, second} <= rows.keys() and other["InstanceId"] not in rows
     assert rows[first]["outcome"] == {"state": "timed out", "exit_code": 124} and rows[second]["outcome"] is None
     [row] = json.loads(command("status", second))
-    assert (row["instance"], row["state"], row["type"]) == (second, "running", "g4dn.xlarge")
+    assert row == rows[second] and (row["state"], row["type"]) == ("running", "g4dn.xlarge")
     assert row["address"] == describe(rented, second)["PublicDnsName"] != ""
     assert command("terminate", second) == "shutting-down\n"
-    assert describe(rented, second)["State"]["Name"] in ("shutting-down", "terminated")
     for name, stranger in ("status", "i-00000000000000000"), ("terminate", other["InstanceId"]):
         with pytest.raises(SystemExit) as stopped:
             rent.main([name, stranger])
@@ -262,14 +234,16 @@ def of_job(job):
     return found
 
 
-def boot(rented, capsys, folder, *words, project='exec {python} "$@"', **changed):
-    """Submit a notebook, and start what EC2 was given as the machine would: as root, in an environment of nothing.
+def boot(rented, capsys, folder, project, **changed):
+    """Submit the notebook, and start what EC2 was given as the machine would: as root, in an environment of nothing.
 
-    `shutdown` and `pip` only note their words; boto3 and the project's environment, which `make setup` takes as it is,
-    are those of this Python, unless `project` is another command.
+    `shutdown` and `pip` only note their words; boto3 is that of this Python. The project's environment, which `make
+    setup` takes as it is, has the command `project` for a Python.
     """
+    folder.mkdir()
+    words = "-p", "text", TEXT, "-p", "note", folder / "pid", "--processes", 1
     code, instance = submit(rented, capsys, *words, **changed)
-    script, [row], fakes, venv = script_of(rented, instance), rent.status(instance), folder / "fakes", folder / "venv"
+    fakes, venv = folder / "fakes", folder / "venv"
     commands = {
         fakes / "systemctl": "",
         fakes / "systemd-run": "",
@@ -278,78 +252,72 @@ def boot(rented, capsys, folder, *words, project='exec {python} "$@"', **changed
         fakes / "made/bin/python": f'exec {sys.executable} "$@"',
         fakes / "python3": f'[ "$*" = "-m venv bootstrap" ] && exec cp -r {fakes}/made bootstrap\n'
         f'exec {Path(sys.executable).resolve()} "$@"',
-        venv / "bin/python": project.replace("{python}", sys.executable),
+        venv / "bin/python": project,
     }
     for path, text in commands.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/bin/bash\n{text}\n")
         path.chmod(0o755)
-    (folder / "script").write_text(script)
+    (folder / "script").write_text(script_of(rented, instance))
     (venv / "installed").touch()
-    (folder / "tmp").mkdir()
     env = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
     env |= {"PATH": f"{fakes}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "UPLOAD_EVERY": "8"}
-    env |= {"VENV": str(venv), "UNITS": str(folder), "TMPDIR": str(folder / "tmp")}
+    env |= {"VENV": str(venv), "UNITS": str(folder), "TMPDIR": str(folder)}
     env |= {} if os.geteuid() == 0 else {"HOME": str(folder)}
     with open(folder / "console", "wb") as console:
         process = subprocess.Popen(["bash", folder / "script"], env=env, stdout=console, stderr=console, cwd="/")
-    return SimpleNamespace(process=process, folder=folder, instance=instance, job=row["job"])
+    return SimpleNamespace(process=process, folder=folder, instance=instance, job=rent.status(instance)[0]["job"])
 
 
 def check_end(machine, state, code):
     """The machine has ended itself once, left nothing running, and said in S3 how it went; its log before the end."""
-    read = lambda name: storage.read(f"{machine.job}/{name}").decode()
     deadline, before = time.monotonic() + 240, ""
     while machine.process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(storage.NotFound):
-            log = read("log.txt")
+            log = storage.read(f"{machine.job}/log.txt").decode()
             before = before if "exit code" in log else log
-        time.sleep(1)
+        time.sleep(0.5)
     assert machine.process.poll() is not None
     deadline = time.monotonic() + 5
     while (left := of_job(machine.job)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == [] and (machine.folder / "shutdown").read_text() == "-h now\n"
-    machine.log, machine.status = read("log.txt"), json.loads(read("status.json"))
+    machine.log = rent.logs(machine.instance)
+    assert machine.log.startswith("20") and machine.job in machine.log.splitlines()[0]
+    assert machine.log.splitlines()[-1].endswith(f"Z {state}, exit code {code}")
     assert (machine.folder / "console").read_text().replace("\r", "").endswith(machine.log[-100:])
     assert (machine.folder / "pip").read_text() == "install -q boto3\n"
-    assert machine.status == {"state": state, "exit_code": code}
-    assert machine.log.splitlines()[-1].endswith(f"Z {state}, exit code {code}")
-    if state != "failed":
-        (machine.folder / "executed.ipynb").write_text(read("output/show.ipynb"))
-        assert "the kernel has begun\n" in outputs_of(machine.folder / "executed.ipynb")
+    assert rent.status(machine.instance)[0]["outcome"] == {"state": state, "exit_code": code}
     return before
 
 
 def test_machines_keep_what_they_said_and_end_when_done_when_failed_and_when_their_time_is_over(
     rented, capsys, tmp_path
 ):
-    began, machines = time.monotonic(), {}
+    began, machines = time.monotonic(), []
 
-    def start(mode, processes, **changed):
-        (folder := tmp_path / mode).mkdir()
-        words = "-p", "text", TEXT, "-p", "mode", mode, "-p", "note", folder / "pid", "--processes", processes
-        machines[mode] = boot(rented, capsys, folder, *words, **changed)
-        return machines[mode]
+    def start(name, *given, **changed):
+        machines.append(boot(rented, capsys, tmp_path / name, *given, **changed))
+        return machines[-1]
 
     try:
-        machine = start("works", 1)
-        check_end(machine, "succeeded", 0)
-        assert run.read_results(machine.folder / "executed.ipynb") == {"text": TEXT}
-        assert machine.log.startswith("20") and machine.job in machine.log.splitlines()[0]
-        assert f"Results: {machine.job}/output/index.html\n" in machine.log and "Traceback" not in machine.log
-        assert rent.status(machine.instance)[0]["outcome"] == machine.status
-        assert rent.logs(machine.instance) == machine.log
-        assert not [name for name in machine.folder.rglob("[xyz]")]
+        works = start("works", 'printf "%s\\n" "$@"')
+        check_end(works, "succeeded", 0)
+        assert f"-m\nhelpers\nrun\n{works.job}/show.ipynb\n--output\n{works.job}/output\n" in works.log
 
-        enough = 2 * (time.monotonic() - began) + 10  # for the next kernel to begin
-        hangs, fails = start("hangs", 0, max_hours=enough / 3600), start("fails", 0, project="echo no luck; exit 3")
+        enough = 4 * (time.monotonic() - began) + 10  # for a kernel to begin
+        hangs = start("hangs", f'exec {sys.executable} "$@"', max_hours=enough / 3600)
+        fails = start("fails", "echo no luck; exit 3")
         check_end(fails, "failed", 3)
         assert "no luck\n" in fails.log
         assert "S3 at " in check_end(hangs, "timed out", 124)
+        assert f"Results: {hangs.job}/output/index.html\n" in hangs.log and "Traceback" not in hangs.log
+        (tmp_path / "show.ipynb").write_bytes(storage.read(f"{hangs.job}/output/show.ipynb"))
+        assert f"the kernel has begun: {TEXT}\n" in outputs_of(tmp_path / "show.ipynb")
         assert not psutil.pid_exists(int((hangs.folder / "pid").read_text()))
+        assert not [name for name in tmp_path.rglob("[xyz]")]
     finally:
-        for machine in machines.values():
+        for machine in machines:
             for process in [*of_job(machine.job), machine.process]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
