@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import boto3
-import nbformat
 import psutil
 import pytest
 from servers import embedded
@@ -32,7 +31,7 @@ SHOW = (
     """
 import os, time
 from pathlib import Path
-print("the kernel has begun:", text)
+print("the kernel has begun with", bucket, text)
 Path(note).write_text(str(os.getpid()))
 time.sleep(600)""",
 )
@@ -40,7 +39,7 @@ bundle_source = rent.bundle_source  # packed once for all machines of the tests
 
 
 @pytest.fixture(scope="module")
-def account(moto_env, tmp_path_factory):
+def rented(moto_env, tmp_path_factory):
     """This process as a user of EC2, with all that a machine takes: clients, names and the words of `submit`."""
     source, mine = bundle_source(), moto_env | {"AWS_SECRET_ACCESS_KEY": SECRET, "AWS_SESSION_TOKEN": TOKEN}
     with embedded.connected(mine), pytest.MonkeyPatch.context() as patch:
@@ -51,15 +50,9 @@ def account(moto_env, tmp_path_factory):
         group = ec2.create_security_group(GroupName=name, Description="for the tests")["GroupId"]
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]
         words = dict(image_id=image["ImageId"], instance_type="g4dn.xlarge", instance_profile=name)
-        words |= dict(key_name=name, security_group=group)
+        words |= dict(key_name=name, security_group=group, bucket=name)
         notebook = write(tmp_path_factory.mktemp("account"), "show.ipynb", *SHOW)
-        yield SimpleNamespace(ec2=ec2, image=image, words=words, notebook=notebook)
-
-
-@pytest.fixture
-def rented(account, bucket):
-    """The account, and the name of a bucket that is not there yet."""
-    return SimpleNamespace(**vars(account) | {"bucket": bucket, "words": account.words | {"bucket": bucket}})
+        yield SimpleNamespace(ec2=ec2, image=image, words=words, notebook=notebook, bucket=name)
 
 
 def submit(rented, capsys, *words, **changed):
@@ -89,41 +82,28 @@ def test_ec2_is_asked_for_a_machine_as_told_tagged_without_a_key_and_ending_when
 ):
     make, asked = rent.make_request, []
     monkeypatch.setattr(rent, "make_request", lambda *given: asked.append(make(*given)) or asked[-1])
-    code, instance = submit(rented, capsys, "--spot", "--disk", "77", "-p", "text", "x")
+    code, instance = submit(rented, capsys, "--spot", "--disk", "77", "-p", "bucket", "mine")
     assert code == 0 and describe(rented, instance)["InstanceLifecycle"] == "spot"
     [given], script, job = asked, script_of(rented, instance), rent.status(instance)[0]["job"]
-    assert job.startswith(f"s3://{rented.bucket}/jobs/show/20") and given["UserData"] == script
+    assert job.startswith(f"s3://{rented.bucket}/jobs/show/20")
+    assert r"bucket = \"mine\"" in storage.read(f"{job}/show.ipynb").decode()  # else the one of the job
     tags = [{"Key": key, "Value": value} for key, value in dict(Name="show", Project=rent.PROJECT, Job=job).items()]
     disk = {"VolumeSize": 77, "DeleteOnTermination": True}
-    assert given == dict(
-        ImageId=rented.words["image_id"],
-        InstanceType="g4dn.xlarge",
-        MinCount=1,
-        MaxCount=1,
-        UserData=script,
-        IamInstanceProfile={"Name": rented.words["instance_profile"]},
-        InstanceInitiatedShutdownBehavior="terminate",
-        MetadataOptions={"HttpTokens": "required"},
-        BlockDeviceMappings=[{"DeviceName": rented.image["RootDeviceName"], "Ebs": disk}],
-        TagSpecifications=[{"ResourceType": kind, "Tags": tags} for kind in ("instance", "volume")],
-        KeyName=rented.words["key_name"],
-        SecurityGroupIds=[rented.words["security_group"]],
-        InstanceMarketOptions={"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}},
+    expected = dict(
+        ImageId=rented.words["image_id"], InstanceType="g4dn.xlarge", MinCount=1, MaxCount=1, UserData=script
     )
+    expected |= dict(InstanceInitiatedShutdownBehavior="terminate", MetadataOptions={"HttpTokens": "required"})
+    expected |= dict(KeyName=rented.words["key_name"], SecurityGroupIds=[rented.words["security_group"]])
+    expected["IamInstanceProfile"] = {"Name": rented.words["instance_profile"]}
+    expected["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}}
+    expected["BlockDeviceMappings"] = [{"DeviceName": rented.image["RootDeviceName"], "Ebs": disk}]
+    expected["TagSpecifications"] = [{"ResourceType": kind, "Tags": tags} for kind in ("instance", "volume")]
+    assert given == expected
     assert script.startswith("#!/bin/bash\n") and len(script.encode()) < 16_000
     for name in "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID":
         assert os.environ[name] not in script and name not in script
     assert f"export AWS_ENDPOINT_URL_S3={os.environ['AWS_ENDPOINT_URL']}\n" in script
     assert f"set -- run {job}/show.ipynb --output {job}/output --processes 0\n" in script  # one for each GPU
-
-
-def test_notebook_there_reads_the_bucket_it_was_submitted_with(rented, capsys):
-    for given, expected in ([], rented.bucket), (["-p", "bucket", "mine"], "mine"):
-        code, instance = submit(rented, capsys, *given, key_name=None, security_group=None)
-        [row] = rent.status(instance)
-        cells = nbformat.reads(storage.read(f"{row['job']}/show.ipynb").decode(), as_version=4).cells
-        [injected] = [cell.source for cell in cells if "injected-parameters" in cell.metadata.tags]
-        assert f'bucket = "{expected}"' in injected
 
 
 def test_machine_knows_amazons_s3_and_ends_after_its_time_and_when_it_boots_again_whatever_the_script_does(
@@ -146,11 +126,12 @@ def test_machine_knows_amazons_s3_and_ends_after_its_time_and_when_it_boots_agai
     subprocess.run(["systemd-analyze", "verify", tmp_path / "end-this-machine.service"], check=True, timeout=20)
 
 
-def test_what_cannot_work_is_told_and_nothing_is_started_or_stored(rented, capsys, monkeypatch):
+def test_what_cannot_work_is_told_and_nothing_is_started_or_stored(rented, capsys, monkeypatch, tmp_path):
     ami, group = "ami-00000000000000000", "sg-00000000000000000"
     nobody = dict(image_id=ami, instance_profile="nobody", key_name="nobody", security_group=group)
     names = f"no image {ami}, no instance profile nobody, no key pair nobody, no security group {group} in "
     before = rent.status()
+    monkeypatch.setitem(rented.words, "bucket", "not-there-yet")
     for words, changed, sentence in (
         ([], nobody, f"error: there is {names}"),
         (["-p", "nobody", "1"], {}, "error: no parameter nobody in these notebooks; there are: bucket, note, text"),
@@ -161,15 +142,13 @@ def test_what_cannot_work_is_told_and_nothing_is_started_or_stored(rented, capsy
     monkeypatch.setenv("AWS_ENDPOINT_URL_EC2", "https://ec2.us-east-1.amazonaws.com")
     code, said = submit(rented, capsys)
     assert code == 1 and said.startswith(f"A rented machine cannot reach S3 at {os.environ['AWS_ENDPOINT_URL']}: set ")
-    monkeypatch.undo()
-    assert rent.status() == before and rented.bucket not in storage.buckets()
-
-
-def test_what_ec2_refuses_or_does_not_know_is_told_with_its_code(rented, capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("AWS_ENDPOINT_URL_EC2")
+    monkeypatch.setattr(rent, "store_job", lambda *_: "s3://bucket/job")
     monkeypatch.setattr(rent, "make_request", lambda *_: dict(SecurityGroupIds=["nobody"], MinCount=1, MaxCount=1))
     code, said = submit(rented, capsys)
     assert code == 1 and said.startswith("EC2: ") and "RunInstances" in said and "InvalidGroup" in said
-    with embedded.connected(storage.serve(tmp_path / "s3")):  # an S3, which rents no machines
+    assert rent.status() == before and "not-there-yet" not in storage.buckets()
+    with embedded.connected(storage.serve(tmp_path)):  # an S3, which rents no machines
         code, said = submit(rented, capsys)
     assert code == 1 and said.startswith("EC2: ") and "AWS_ENDPOINT_URL_S3" in said
 
@@ -197,7 +176,7 @@ def test_status_and_logs_of_our_machines_and_only_they_are_terminated(rented, ca
         assert rent.main([*words]) == 0
         return capsys.readouterr().out.split("\n", 1)[1]  # without the line of storage.connect
 
-    first, second = (submit(rented, capsys)[1] for _ in range(2))
+    first, second = (submit(rented, capsys, key_name=None, security_group=None)[1] for _ in range(2))
     [other] = rented.ec2.run_instances(ImageId=rented.words["image_id"], MinCount=1, MaxCount=1)["Instances"]
     job = {row["instance"]: row["job"] for row in rent.status()}
     assert rent.logs(first) == rented.ec2.get_console_output(InstanceId=first)["Output"] != ""
@@ -226,12 +205,7 @@ TEXT = """a  b 'c' "d" $(touch x) `touch y`; touch z & \\ %s *"""
 
 def of_job(job):
     """The processes that have this job in their environment: all that its script has started."""
-    found = []
-    for one in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if one.environ().get("JOB") == job and one.status() != psutil.STATUS_ZOMBIE:
-                found.append(one)
-    return found
+    return [one for one in psutil.process_iter(["environ"]) if (one.info["environ"] or {}).get("JOB") == job]
 
 
 def boot(rented, capsys, folder, project, **changed):
@@ -270,25 +244,16 @@ def boot(rented, capsys, folder, project, **changed):
 
 
 def check_end(machine, state, code):
-    """The machine has ended itself once, left nothing running, and said in S3 how it went; its log before the end."""
-    deadline, before = time.monotonic() + 240, ""
-    while machine.process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(storage.NotFound):
-            log = storage.read(f"{machine.job}/log.txt").decode()
-            before = before if "exit code" in log else log
-        time.sleep(0.5)
-    assert machine.process.poll() is not None
-    deadline = time.monotonic() + 5
-    while (left := of_job(machine.job)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert left == [] and (machine.folder / "shutdown").read_text() == "-h now\n"
+    """The machine has ended itself once, left nothing running, and said in S3 how it went."""
+    machine.process.wait(240)
+    assert not psutil.wait_procs(of_job(machine.job), timeout=5)[1]
+    assert (machine.folder / "shutdown").read_text() == "-h now\n"
     machine.log = rent.logs(machine.instance)
     assert machine.log.startswith("20") and machine.job in machine.log.splitlines()[0]
     assert machine.log.splitlines()[-1].endswith(f"Z {state}, exit code {code}")
     assert (machine.folder / "console").read_text().replace("\r", "").endswith(machine.log[-100:])
     assert (machine.folder / "pip").read_text() == "install -q boto3\n"
     assert rent.status(machine.instance)[0]["outcome"] == {"state": state, "exit_code": code}
-    return before
 
 
 def test_machines_keep_what_they_said_and_end_when_done_when_failed_and_when_their_time_is_over(
@@ -310,10 +275,14 @@ def test_machines_keep_what_they_said_and_end_when_done_when_failed_and_when_the
         fails = start("fails", "echo no luck; exit 3")
         check_end(fails, "failed", 3)
         assert "no luck\n" in fails.log
-        assert "S3 at " in check_end(hangs, "timed out", 124)
+        while "S3 at " not in (log := rent.logs(hangs.instance)):
+            assert hangs.process.poll() is None
+            time.sleep(0.5)
+        assert "exit code" not in log  # it is kept from time to time, not only at the end
+        check_end(hangs, "timed out", 124)
         assert f"Results: {hangs.job}/output/index.html\n" in hangs.log and "Traceback" not in hangs.log
         (tmp_path / "show.ipynb").write_bytes(storage.read(f"{hangs.job}/output/show.ipynb"))
-        assert f"the kernel has begun: {TEXT}\n" in outputs_of(tmp_path / "show.ipynb")
+        assert f"the kernel has begun with {rented.bucket} {TEXT}\n" in outputs_of(tmp_path / "show.ipynb")
         assert not psutil.pid_exists(int((hangs.folder / "pid").read_text()))
         assert not [name for name in tmp_path.rglob("[xyz]")]
     finally:

@@ -51,7 +51,7 @@ asked = 0
 
 async def handle(reader, writer):
     source, target = await asyncio.open_connection("127.0.0.1", int(sys.argv[1]))
-    later, loop = asyncio.Queue(), asyncio.get_running_loop()
+    delay, loop = float(sys.argv[2]), asyncio.get_running_loop()
     async def ask():
         global asked
         while data := await reader.read(2**18):
@@ -60,18 +60,12 @@ async def handle(reader, writer):
         target.close()
     async def answer():
         while data := await source.read(2**18):
-            later.put_nowait((loop.time() + float(sys.argv[2]), data))
-        later.put_nowait((0, b""))
+            loop.call_later(delay, writer.write, data)
+        loop.call_later(delay, writer.close)
+    await asyncio.gather(ask(), answer(), return_exceptions=True)
 '''
 
 PROXY += '''
-    async def hand_over():
-        while (item := await later.get())[1]:
-            await asyncio.sleep(item[0] - loop.time())
-            writer.write(item[1])
-        writer.close()
-    await asyncio.gather(ask(), answer(), hand_over(), return_exceptions=True)
-
 async def main():
     global asked
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
@@ -209,16 +203,13 @@ def as_bars(all_rates):
     size = 2.5 * columns, rows * (0.8 + 0.3 * len(names))
     figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
     for axis, (setting, found) in zip(axes.flat, all_rates.items()):
-        for i, contender in enumerate(names):
-            if contender in found:
-                rate = np.median(np.array(found[contender])[:, 0])
-                bars = axis.barh(i, rate, color=f"C{i}", alpha=0.8)
-                axis.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=7)
+        rates = [np.median(np.array(found[name])[:, 0]) if name in found else 0 for name in names]
+        bars = axis.barh(list(names), rates, color=[f"C{i}" for i in range(len(names))], alpha=0.8)
+        axis.bar_label(bars, [f"{rate:,.0f}" if rate else "" for rate in rates], padding=2, fontsize=7)
         axis.set_title(", ".join(describe(setting)), fontsize=8)
         axis.margins(x=0.35)
     for axis in axes.flat[len(all_rates):]:
         axis.axis("off")
-    axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
     figure.supxlabel("images/s", fontsize=8)
     figure.tight_layout()
@@ -227,11 +218,8 @@ def as_bars(all_rates):
 def as_verdict(wanted):
     """wanted: {name: (value, goal)}."""
     lines = ["| | least | goal | |", "|:--|--:|--:|:--|"]
-    for name, (value, goal) in wanted.items():
-        if np.isnan(value):
-            lines.append(f"| {name} | | {goal} | not measured |")
-        else:
-            lines.append(f"| {name} | {value:.2f} | {goal} | {'reached' if value >= goal else '**short of it**'} |")
+    lines += [f"| {name} | {value:.2f} | {goal} | {'reached' if value >= goal else '**short of it**'} |"
+              for name, (value, goal) in wanted.items()]
     return Markdown("\n".join(lines))
 
 def save_rounds(run, **tables):
