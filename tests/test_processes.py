@@ -20,7 +20,7 @@ from test_run import outputs_of, write
 
 
 TRAIN = (
-    "#parameters\nbucket = ''\nbatch_size = 64\nepochs = 3\nseed = 0\nmodel_url = ''\ntransfer = ''",  # as 02 has
+    "#parameters\nbucket = ''\nbatch_size = 64\nepochs = 3\nseed = 0",
     """
 import torch
 from torch.utils.data import DataLoader, TensorDataset

@@ -252,6 +252,5 @@ def gather(folder):
         if any("benchmark =" in source for source in parameters):
             with suppress(ValueError):  # it has failed, which the run has said
                 lines += [f"{path.stem:26}{name.replace('_', ' '):46}{value:12,.4g}"
-                          for name, value in read_results(executed).items()
-                          if isinstance(value, (int, float)) and not isinstance(value, bool)]
+                          for name, value in read_results(executed).items() if type(value) in (int, float)]
     return "\n".join(lines)
