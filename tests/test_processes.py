@@ -117,7 +117,7 @@ def test_two_machines_come_to_what_one_process_comes_to(tmp_path, ready_kernels)
         node.kill()
     said = [(tmp_path / f"{rank}/said").read_text() for rank in range(2)]
     assert [node.exitcode for node in nodes] == [0, 0] and "Traceback" not in said[0], said
-    assert "ok     train.ipynb" in said[1] and said[1].endswith("Results are on the first machine.\n")
+    assert said[1].endswith("Results are on the first machine.\n")
     storage.connect()
     found = []
     for runs in "s3://alone/runs/train", "s3://two/runs/train":
@@ -140,6 +140,10 @@ def test_error_in_one_process_is_told_once_with_its_number_and_not_what_it_did_t
     assert len(kernels) == 2 and not left([psutil.Process(one) for one in kernels if psutil.pid_exists(one)])
     assert outputs_of(tmp_path / "out/meet.ipynb").startswith("rank 0\n")  # that of process 0 is kept
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"meet.ipynb", "meet.html", "index.html"}
+    (tmp_path / "errors").mkdir()
+    for name, text in ("1", "process 0: closed by peer"), ("2", "process 1: no luck"):
+        (tmp_path / "errors" / name).write_text(text)
+    assert processes.first_error(tmp_path / "errors", 0, None) == "process 1: no luck"  # the other noticed it first
 
 
 @pytest.mark.parametrize(
