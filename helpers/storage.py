@@ -46,6 +46,7 @@ SETTINGS = {
 }
 SPLITS = ("train", "val", "test")
 THREADS = 32  # transfers in flight: enough to hide 40 ms a request, few enough for a small server
+PAGE = 1000  # objects that an answer lists
 SILENCE = 60  # seconds without a byte until a connection counts as broken, however long the transfer takes
 # ImportError: "Please install gcsfs to access Google Storage"
 ERRORS = BotoCoreError, ClientError, BaseError, OSError, ValueError, ImportError, zipfile.BadZipFile, zlib.error
@@ -381,9 +382,9 @@ def list_pages(url, convert=list):
     def list_page(folder, after):
         """One answer, and what to ask for next: [(function, folder, the key after which to go on)]."""
         try:
-            items = next(obstore.list(store(bucket), folder or None, offset=after or None, chunk_size=1000), [])
+            items = next(obstore.list(store(bucket), folder or None, offset=after or None, chunk_size=PAGE), [])
             names = (item["path"].removeprefix(f"{folder}/") for item in items)
-            if len(items) < 1000:
+            if len(items) < PAGE:
                 return items, []
             if not after and 0 < len({name.split("/")[0] for name in names if "/" in name}) < THREADS:
                 level = obstore.list_with_delimiter(store(bucket), folder or None)

@@ -1,29 +1,14 @@
-"""What tests of image folders read: names that are hard to sort and to write, pictures; batches, and processes to read them."""
+"""What tests of image folders read, and processes to read it, which import this module and nothing of the tests."""
 
 import multiprocessing
 import os
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 import cv2
 import numpy as np
 
-from helpers import images
-
-TREE = [
-    "ant/z.png",
-    "ant/10.png",
-    "ant/9.png",
-    "ant/B.PNG",
-    "ant/sub/a.png",
-    "ant/sub b/c.png",
-    "ant/sub/deep/er/d.png",
-    "ant/sub-1/e.png",
-    "Zebra/a.png",
-    "bee/b+c & d%20é.png",
-    "bee/.hidden.png",
-    "bee hive/1.png",
-    "bee-2/1.png",
-]
+from helpers import images, storage
 
 
 def png(number, size=16):
@@ -52,3 +37,22 @@ def process():
     multiprocessing.set_forkserver_preload(["__main__", "helpers.images"])  # as images.loader says, or not at all
     start = multiprocessing.get_context("forkserver")
     return ProcessPoolExecutor(1, start, images._start_worker, (dict(os.environ), 0))
+
+
+def change_sizes(folder):
+    folder.table.columns["sizes"][7] = 47
+    return list(folder.samples)
+
+
+def fail(url, begun):
+    """Read a folder of which each request adds a byte to the file `begun`, and fails a moment later."""
+    file = os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def fetch(url, **options):
+        os.write(file, b"x")
+        time.sleep(0.3)
+        raise storage.StorageError("Nothing answers")
+
+    folder, images.fetch = raw(url), fetch
+    images.batches = iter(images.loader(folder, 8))  # kept, as the traceback keeps it that a program ends with
+    next(images.batches)
