@@ -116,8 +116,8 @@ def list_images(url):
     counts = [len(sizes) // 8 for _, _, sizes, _ in parts]
     columns = list(zip(*parts))[1:]
     parts.clear()
-    # What a column was joined from is dropped before the next one is.
-    names, sizes, versions = (np.frombuffer(b"".join(columns.pop(0)), kind) for kind in (np.uint8, np.int64, np.uint8))
+    kinds = np.uint8, np.int64, np.uint8  # what a column was joined from is dropped before the next one is joined
+    names, sizes, versions = (np.frombuffer(bytearray().join(columns.pop(0)), kind) for kind in kinds)
     return Table({}, {"classes": [*numbers], "shards": None, "ignored": others}).replace(
         names=names,
         starts=np.concatenate([[0], np.flatnonzero(names == 0) + 1]),
