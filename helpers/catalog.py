@@ -101,27 +101,32 @@ def list_images(url):
             parts.append((folder, "\0".join((*names, "")).encode(), sizes, b"".join(map(version, files))))
         return parts, len(items) - len(found)
 
-    parts, others = [], 0
+    parts, buffers, others = [], [bytearray(), bytearray(), bytearray()], 0  # what comes goes into three large pieces
     for page, more in storage.list_pages(url, by_folder):
-        parts += page
+        for folder, *columns in page:
+            places = [slice(len(buffer), len(buffer) + len(new)) for buffer, new in zip(buffers, columns)]
+            for i, new in enumerate(columns):
+                buffers[i] += new
+            parts.append((folder.split("/")[0], folder, places))
         others += more
     if not parts:
         raise storage.StorageError(
             f"There are no class folders with images under {url}: put some there with "
             "notebook 01 (make run NOTEBOOKS=01), or check the name."
         )
-    parts.sort(key=lambda part: (part[0].split("/")[0], part[0]))  # the names of one folder are in order already
-    labels = [folder.split("/")[0] for folder, *_ in parts]
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(labels))}
-    counts = [len(sizes) // 8 for _, _, sizes, _ in parts]
-    columns = list(zip(*parts))[1:]
-    parts.clear()
-    kinds = np.uint8, np.int64, np.uint8  # what a column was joined from is dropped before the next one is joined
-    names, sizes, versions = (np.frombuffer(bytearray().join(columns.pop(0)), kind) for kind in kinds)
+    parts.sort(key=operator.itemgetter(0, 1))  # the names of one folder are in order already
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(name for name, _, _ in parts))}
+
+    def join(column):
+        buffer = memoryview(buffers.pop(0))  # dropped as soon as it is sorted
+        return bytearray().join(buffer[places[column]] for _, _, places in parts)
+
+    names, sizes, versions = (np.frombuffer(join(i), kind) for i, kind in enumerate((np.uint8, np.int64, np.uint8)))
+    counts = [(places[1].stop - places[1].start) // sizes.itemsize for _, _, places in parts]
     return Table({}, {"classes": [*numbers], "shards": None, "ignored": others}).replace(
         names=names,
         starts=np.concatenate([[0], np.flatnonzero(names == 0) + 1]),
-        targets=np.repeat([numbers[name] for name in labels], counts),
+        targets=np.repeat([numbers[name] for name, _, _ in parts], counts),
         sizes=sizes,
         versions=versions.reshape(-1, 16),
     )
