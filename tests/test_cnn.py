@@ -155,7 +155,6 @@ def test_02_fine_tunes_and_03_predicts_any_picture_and_class_names_that_are_html
     results = execute("02", tmp_path, epochs=1, **data, **network)
     pretrained = {f"{way}_accuracy_{count}" for way in ("frozen", "finetuned") for count in (10, 40)}
     assert {results[name] for name in ("val_accuracy", *pretrained)} == {1}
-    assert 0 <= results["scratch_accuracy_10"] <= 1 and 0 <= results["scratch_accuracy_40"] <= 1
 
     folder = tmp_path / "mine"
     expected = {f"{folder}/1.jpg": DOTS, f"{folder}/sub/2": STRIPES, "s3://pictures/one.png": STRIPES}

@@ -40,7 +40,7 @@ from helpers.chapters import pack
 
 HERE = "s3://pictures"
 NAMES = """ant/z.png ant/10.png ant/9.png ant/B.PNG ant/sub/a.png ant/sub_b/c.png ant/sub/deep/er/d.png ant/sub-1/e.png
-Zebra/a.png bee/b+c_&_d%20é.png bee/.hidden.png bee/.png bee_hive/1.png bee-2/1.png ant/v1.2.final.png"""
+Zebra/a.png bee/b+c_&_d%20é.png bee/.hidden.png bee/.png bee_hive/1.png bee-2/1.png ant/v1.2.final.png ant_hill/1.png"""
 TREE = {name.replace("_", " "): png(number) for number, name in enumerate(NAMES.split())}
 PHOTOS = {  # which `bytes` loads
     f"{'abc'[n % 3]}/{n:02}.jpg": np.random.default_rng(n).bytes(30_000 if n == 7 else 100 + 40 * n) for n in range(60)
