@@ -1,10 +1,17 @@
-"""What the tests of training share: callbacks made of functions, a small model and its data, how runs are compared."""
+"""What the tests of training share: callbacks made of functions, a small model and its data, several processes."""
 
+import multiprocessing
+import os
+import random
+
+import numpy as np
 import torch
+from accelerate.utils import set_seed
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from helpers.training import Callback, CancelFit, TrainLoop
+from servers import free_port
 
 LAST = 1000  # an order after all others
 
@@ -36,14 +43,20 @@ def script(name, values):
 
 
 class Net(nn.Module):
-    """Two layers, and one that is not used."""
+    """Two layers with a batch norm and a dropout, and one that is not trained."""
 
     def __init__(self):
         super().__init__()
-        self.body, self.drop, self.head, self.spare = nn.Linear(5, 4), nn.Dropout(0.2), nn.Linear(4, 3), nn.Linear(1, 1)
+        self.body, self.norm, self.drop, self.head = (
+            nn.Linear(5, 4),
+            nn.BatchNorm1d(4),
+            nn.Dropout(0.2),
+            nn.Linear(4, 3),
+        )
+        self.spare = nn.Linear(1, 1).requires_grad_(False)
 
     def forward(self, inputs, labels=None):
-        return self.head(self.drop(torch.tanh(self.body(inputs))))
+        return self.head(self.drop(torch.tanh(self.norm(self.body(inputs)))))
 
 
 class Pair(Net):
@@ -57,22 +70,47 @@ class Pair(Net):
         return self(batch[0]), batch[1]
 
 
-def batches(seed=0, **options):
-    """Five batches of 4."""
-    generator = torch.Generator().manual_seed(seed)
-    data = TensorDataset(torch.randn(20, 5, generator=generator), torch.randint(3, (20,), generator=generator))
-    return DataLoader(data, 4, **options)
+class Rows(Dataset):
+    """Numbers with a trace of their class; `augmented`: a little different each time, from every random generator."""
+
+    def __init__(self, seed=0, count=18, augmented=False):
+        generator = torch.Generator().manual_seed(seed)
+        self.targets = torch.randint(3, (count,), generator=generator)
+        self.inputs = torch.randn(count, 5, generator=generator) + self.targets[:, None]
+        self.augmented = augmented
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        noise = torch.randn(5) + random.random() + np.random.random() if self.augmented else 0
+        return self.inputs[index] + 0.1 * noise, self.targets[index]
 
 
-def make_loop(rates=(0.1,), val=True, kind=torch.optim.SGD, collate=None, **options):
+class Stream(IterableDataset):
+    """The same rows, but nobody knows beforehand how many."""
+
+    def __iter__(self):
+        return map(Rows().__getitem__, range(18))
+
+
+def batches(seed=0, augmented=False, **options):
+    """Four batches of 4, and one of 2."""
+    return DataLoader(Rows(seed, augmented=augmented), 4, **options)
+
+
+def make_loop(rates=(0.1,), val=True, kind=torch.optim.SGD, train=None, model=None, **options):
     """A loop over shuffled batches, always with the same weights and order; with two rates it has two optimizers."""
-    torch.manual_seed(0)
-    model = Net() if len(rates) == 1 else Pair()
+    set_seed(0)
+    model = model or (Net() if len(rates) == 1 else Pair())
     parts = [model] if len(rates) == 1 else [model.body, model.head]
     optimizers = [kind(part.parameters(), lr=rate) for part, rate in zip(parts, rates)]
-    train = batches(shuffle=True, generator=torch.Generator().manual_seed(3), collate_fn=collate)
-    val = batches(1, collate_fn=collate) if val else None
-    return TrainLoop(model, train, val, optimizer=optimizers, **{"criterion": nn.CrossEntropyLoss(), **options})
+    if train is None:
+        train = batches(shuffle=True, generator=torch.Generator().manual_seed(3))
+    if val is True:
+        val = batches(1, generator=torch.Generator())  # else it takes a number from the training's dropout
+    options = {"optimizer": optimizers, "criterion": nn.CrossEntropyLoss(), **options}
+    return TrainLoop(model, train, val, **options)
 
 
 def same(one, other):
@@ -84,3 +122,16 @@ def same(one, other):
 def timeless(history):
     """The history without what differs from run to run."""
     return [{name: value for name, value in row.items() if "second" not in name} for row in history]
+
+
+def on_two_processes(function, *arguments, **environment):
+    """Call the function in two processes that know of each other, as torchrun starts them."""
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    multiprocessing.set_forkserver_preload(["torchmetrics.classification", "helpers.images", "helpers.callbacks"])
+    torch.multiprocessing.start_processes(_start, (environment, function, arguments), 2, start_method="forkserver")
+
+
+def _start(rank, environment, function, arguments):
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    function(*arguments)

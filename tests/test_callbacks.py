@@ -95,7 +95,7 @@ def test_the_schedule_counts_steps_of_the_optimizer_and_begins_anew_in_a_second_
     make_loop().fit(num_steps=7, callbacks=[LearningRate("linear"), watch(rates)])
     assert rates == pytest.approx([x / 70 for x in range(7, 0, -1)])
     rates.clear()
-    first, loop = [], make_loop(rates=(0.4, 0.1), val=False)
+    first, loop = [], make_loop(rates=(0.4, 0.1), val=None)
     for _ in range(2):  # each optimizer from its own rate
         loop.fit(1, [LearningRate("linear"), watch(first), watch(rates, 1)])
     loop.train_loader = DataLoader(Stream(), 4)
@@ -108,7 +108,7 @@ def test_the_schedule_counts_steps_of_the_optimizer_and_begins_anew_in_a_second_
 def test_a_plateau_taken_up_within_an_epoch_goes_on_with_the_same_rates_to_the_same_weights(tmp_path):
     """What else there is to go on with is tried below, all together."""
     expected, rates = [], []
-    whole, cut_off, again = (make_loop((0.1, 0.2), val=False, kind=torch.optim.Adam) for _ in range(3))
+    whole, cut_off, again = (make_loop((0.1, 0.2), val=None, kind=torch.optim.Adam) for _ in range(3))
     given = lambda rates: [LearningRate(plateau, monitor="epoch"), watch(rates)]  # which never gets smaller
     stop = Call(after_step=at(8, cancel), order=LAST)
     torch.manual_seed(1)
@@ -127,7 +127,7 @@ def test_clipped_gradients_train_as_those_clipped_in_a_loop_by_hand():
         ({"value": 0.01}, everywhere, nn.utils.clip_grad_value_),
         ({"norm": 1e-3}, body, nn.utils.clip_grad_norm_),
     ):
-        loop, plain, free = (make_loop(val=False) for _ in range(3))
+        loop, plain, free = (make_loop(val=None) for _ in range(3))
         torch.manual_seed(1)
         plain.model.train()
         for inputs, targets in plain.train_loader:
@@ -151,11 +151,11 @@ def test_early_stopping_wants_more_than_the_threshold_and_is_not_misled_by_nan()
         ("val_loss", [math.nan, 3, math.nan, 2, math.nan, math.nan], 0, 6),
     ):
         stop = EarlyStopping(monitor, patience=2, threshold=threshold)
-        assert len(make_loop(val=False).fit(6, [stop, script(monitor, values)])) == epochs, (monitor, values)
+        assert len(make_loop(val=None).fit(6, [stop, script(monitor, values)])) == epochs, (monitor, values)
 
 
 def test_training_that_was_stopped_early_stays_so_when_started_again(tmp_path):
-    loop, again = make_loop(val=False), make_loop(val=False)
+    loop, again = make_loop(val=None), make_loop(val=None)
     given = [script("val_loss", [2, 1, 3, 3, 0, 0]), EarlyStopping(patience=2), Checkpoint(str(tmp_path))]
     assert len(loop.fit(6, given)) == len(again.fit(6, given)) == 4 and again.steps == 20
     assert len(loop.fit(1, given)) == 5  # but asked to train on, it does
@@ -209,7 +209,7 @@ def test_what_there_is_not_is_named(tmp_path):
         (lambda: Checkpoint(tmp_path, every="batch"), '"epoch", "end" or a number of steps, not \'batch\''),
     ):
         with pytest.raises(ValueError, match=message):
-            make_loop(val=False).fit(1, [make()])
+            make_loop(val=None).fit(1, [make()])
 
 
 def test_checkpoints_are_kept_as_often_as_was_asked_for(tmp_path):
@@ -271,7 +271,7 @@ def everything(run, monitor):
 def test_all_callbacks_together_go_on_where_training_was_cut_off_and_in_a_second_fit(kind, tmp_path):
     def make():
         if kind == "adversaries":
-            return make_loop((0.1, 0.2), val=False, accumulate=2)
+            return make_loop((0.1, 0.2), val=None, accumulate=2)
         return make_loop(accumulate=2, collate=lambda rows: dict(zip(("inputs", "labels"), default_collate(rows))))
 
     monitor, bars = "val_loss" if kind == "dicts" else "train_loss", []

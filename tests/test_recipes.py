@@ -65,7 +65,7 @@ def test_a_dry_run_takes_few_batches_and_leaves_the_loaders_as_they_were():
         assert seen == ["train", "train", "val", "val"] * epochs and bars == [(4, n + 1) for n in range(2 * epochs)]
         assert (loop.train_loader, loop.val_loader) == loaders
         assert loop.history[-1]["learning_rate"] == pytest.approx(0.05 if end else 0.025)  # a schedule of 4 steps
-    loop = make_loop(val=False)
+    loop = make_loop(val=None)
     loop.fit(num_steps=1000, callbacks=[DryRun(3)])
     assert loop.steps == 3 and len(loop.history) == 1 and len(loop.train_loader) == 5
 
