@@ -19,20 +19,15 @@ class LearningRate(Callback):
     """Schedule the learning rate over the whole fit and record it in the history.
 
     schedule: "constant", "linear" or "cosine", from the optimizer's own rate down to 0, after a linear warm-up of
-    `warmup` steps (below 1: a fraction of all); "cosine" restarts `cycles` times (Loshchilov & Hutter 2016,
+    `warmup` steps (below 1: a fraction of all); and anew `cycles` times (Loshchilov & Hutter 2016,
     https://arxiv.org/abs/1608.03983). Or a function that makes any torch scheduler for an optimizer; a
-    ReduceLROnPlateau looks at `monitor` in the history after every epoch. every: "step" or "epoch", the unit of the
-    schedule and of `warmup`.
+    ReduceLROnPlateau looks at `monitor` in the history after every epoch.
     """
 
-    def __init__(self, schedule, warmup=0, cycles=1, every="step", monitor="val_loss"):
+    def __init__(self, schedule, warmup=0, cycles=1, monitor="val_loss"):
         if not callable(schedule) and schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"There is no schedule {schedule!r}; there are: constant, linear, cosine, and a function.")
-        if cycles > 1 and schedule != "cosine":
-            raise ValueError("cycles is for the cosine schedule.")
-        if every not in ("step", "epoch"):
-            raise ValueError(f'every is "step" or "epoch", not {every!r}.')
-        self.schedule, self.warmup, self.cycles, self.every, self.monitor = schedule, warmup, cycles, every, monitor
+        self.schedule, self.warmup, self.cycles, self.monitor = schedule, warmup, cycles, monitor
 
     def before_fit(self, loop):
         make = self.schedule
@@ -41,8 +36,7 @@ class LearningRate(Callback):
                 way_out = "with a loader that has no length, use fit(num_steps=…)"
                 raise ValueError(f"A schedule must know where training ends: {way_out}.")
             batches = min(loop.epoch_batches, loop.total_steps)
-            moves = math.ceil(batches / loop.accumulate) if self.every == "step" else 1  # in an epoch
-            total = math.ceil(loop.total_steps * moves / batches)
+            total = math.ceil(loop.total_steps * math.ceil(batches / loop.accumulate) / batches)
             make = partial(LambdaLR, lr_lambda=lambda move: self._factor(min(move, total - 1), total))
         self.schedulers = [make(optimizer) for optimizer in loop.optimizers]
 
@@ -51,28 +45,20 @@ class LearningRate(Callback):
         warmup = self.warmup if self.warmup >= 1 else round(self.warmup * total)
         if move < warmup:
             return (move + 1) / (warmup + 1)
-        length = max(total - warmup, 1)
-        if self.schedule == "cosine":
-            cycle = math.ceil(length / self.cycles)
-            return (1 + math.cos(math.pi * ((move - warmup) % cycle) / cycle)) / 2
-        return 1 if self.schedule == "constant" else 1 - (move - warmup) / length
-
-    def _move(self):
-        for scheduler in self.schedulers:
-            if not isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step()
+        cycle = math.ceil(max(total - warmup, 1) / self.cycles)
+        done = (move - warmup) % cycle / cycle
+        return {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.schedule]
 
     def after_step(self, loop):
-        if self.every == "step" and loop.stepped:
-            self._move()
+        for scheduler in self.schedulers if loop.stepped else ():
+            if not isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step()
 
     def after_epoch(self, loop):
         loop.history[-1]["learning_rate"] = loop.optimizers[0].param_groups[0]["lr"]  # at the epoch's end
         for scheduler in self.schedulers:
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(column(loop.history[-1], self.monitor))
-        if self.every == "epoch":
-            self._move()
 
     def state_dict(self):
         return [scheduler.state_dict() for scheduler in self.schedulers]

@@ -200,31 +200,18 @@ def test_any_state_is_packed_without_a_pickle():
     assert all(torch.equal(tensor, again.pop(name)) for name, tensor in tensors.items()) and again == plain
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """What `train_and_measure` left behind, weights and values: in one process, and in two with half the batch."""
-    folder = tmp_path_factory.mktemp("both")
-    train_and_measure(2, f"{folder}/1")
-    on_two_processes(train_and_measure, 1, f"{folder}/2")
-    return [
-        (load_file(folder / count / "weights.safetensors"), json.loads((folder / count / "done.json").read_text()))
-        for count in "12"
-    ]
-
-
-def test_two_processes_train_and_measure_as_one_with_twice_the_batch(both):
-    (weights, one), (others, two) = both
+def test_two_processes_train_measure_and_go_on_as_one_with_twice_the_batch(tmp_path):
+    train_and_measure(2, tmp_path / "1")
+    on_two_processes(train_and_measure, 1, tmp_path / "2")
+    weights, others = (load_file(tmp_path / count / "weights.safetensors") for count in "12")
+    one, two = (json.loads((tmp_path / count / "done.json").read_text()) for count in "12")
     for name in weights:  # those with two optimizers, too
         torch.testing.assert_close(weights[name], others[name])
     assert one["row"] == pytest.approx(two["row"], rel=1e-5)
     assert one["moves"] == two["moves"] == 3 * 2  # of a scheduler given to TrainLoop; 4 batches, accumulated by two
     assert one["predicted"] == two["predicted"] == list(range(41))  # in the order of the loader
     assert one["drawn"] == two["drawn"] == list(range(44))  # each process its part
-
-
-def test_training_on_two_processes_goes_on_exactly_where_each_of_them_was(both):
-    for _, values in both:  # within an epoch, after one, within the next one
-        assert values["again"] == {"3": True, "4": True, "5": True}
+    assert one["again"] == two["again"] == {"3": True, "4": True, "5": True}  # in an epoch, after it, in the next one
 
 
 def test_of_two_processes_the_first_changes_the_store_and_the_other_one_waits_for_it(tmp_path):
@@ -247,19 +234,12 @@ def change_store(folder):
     Path(f"{folder}/seen-{os.environ['RANK']}").write_text(f"{put} {counts} {storage.buckets()}")
 
 
-def without_noise(kind):
-    """A network of which two processes with half the batch compute the same as one."""
-    torch.manual_seed(0)
-    net = kind()
-    net.norm = net.drop = nn.Identity()
-    return net
-
-
 def train_and_measure(factor, folder):
     def loader(data, size=4, **options):
         return DataLoader(data, size * factor, **options)
 
-    net, pair, metrics = without_noise(Net), without_noise(Pair), {"accuracy": MulticlassAccuracy(3)}
+    torch.manual_seed(0)
+    net, pair, metrics = Net(noise=False), Pair(noise=False), {"accuracy": MulticlassAccuracy(3)}
     train, val = loader(Rows(count=32)), loader(Rows(1, count=41))
     loop = make_loop(model=net, train=train, val=val, metrics=metrics, accumulate=2)
     loop.scheduler = torch.optim.lr_scheduler.StepLR(*loop.optimizers, 1000)
@@ -287,12 +267,10 @@ def train_and_measure(factor, folder):
     shuffled = TrainLoop(net, loader(TensorDataset(torch.arange(44.0)), size=2, shuffle=True)).train_loader
     drawn = sorted(gather_object([index for (batch,) in shuffled for index in batch.tolist()]))
     if loop.accelerator.is_main_process:
-        Path(folder).mkdir(exist_ok=True)
-        save_file(
-            net.state_dict() | {f"pair.{name}": each for name, each in pair.state_dict().items()},
-            f"{folder}/weights.safetensors",
-        )
+        folder.mkdir(exist_ok=True)
+        weights = net.state_dict() | {f"pair.{name}": weight for name, weight in pair.state_dict().items()}
+        save_file(weights, folder / "weights.safetensors")
         found = dict(row=row, again=again, drawn=drawn, moves=loop.scheduler.last_epoch, predicted=predicted)
-        Path(f"{folder}/done.json").write_text(json.dumps(found))
+        (folder / "done.json").write_text(json.dumps(found))
     loop.accelerator.wait_for_everyone()
     loop.accelerator.end_training()

@@ -187,12 +187,9 @@ class TensorBoard(Callback):
     order = 20
 
     def __init__(self, url):
-        self.url, self.writer = str(url).rstrip("/"), None
-
-    def before_fit(self, loop):
         from torch.utils.tensorboard import SummaryWriter  # here, since it takes a second, and needs the package
 
-        self.folder, self.last = tempfile.TemporaryDirectory(), None
+        self.url, self.folder, self.last = str(url).rstrip("/"), tempfile.TemporaryDirectory(), None
         self.writer = SummaryWriter(self.folder.name)
 
     def after_step(self, loop):
@@ -207,11 +204,8 @@ class TensorBoard(Callback):
         self._copy()
 
     def after_fit(self, loop):
-        if self.writer:  # None when before_fit of another callback failed
-            self.writer.close()
-            self._copy()
-            self.folder.cleanup()
-            self.writer = None
+        self.writer.close()  # until the next number comes
+        self._copy()
 
     after_error = after_fit
 
