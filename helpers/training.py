@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from helpers.storage import progress
 
-KEPT = "num_workers collate_fn pin_memory generator worker_init_fn multiprocessing_context persistent_workers"
 REFRESH = 0.25  # seconds between readings of the loss: each waits for the device, so not at every step
 
 
@@ -151,27 +150,25 @@ class TrainLoop:
         self.num_epochs, self.num_steps, begun = num_epochs, num_steps, self.steps
         self.last_step = self.steps + num_steps if num_steps else math.inf
         last_epoch = len(self.history) + num_epochs if num_epochs else math.inf
-        with progress(self.total_steps, "training", "batch") as self.bar:
-            try:
-                with suppress(CancelFit):
-                    self._call("before_fit")
-                    self.bar.update(self.steps - begun)  # more when it continues from a checkpoint
-                    self.bar.total = None if self.total_steps == math.inf else self.total_steps  # may be shorter now
+        try:
+            with suppress(CancelFit):
+                self._call("before_fit")  # may take up a checkpoint, or make training shorter
+                total, done = None if self.total_steps == math.inf else self.total_steps, self.steps - begun
+                with progress(total, "training", "batch", initial=done) as self.bar:
                     while len(self.history) < last_epoch and self.steps < self.last_step:
                         self.epoch = len(self.history) + 1
                         of = f"/{last_epoch}" if num_epochs else ""
                         self.bar.set_description(f"epoch {self.epoch}{of}", refresh=False)
-                        self._set_training_mode()
                         self._call("before_epoch")
                         self.history.append(self._train_epoch() | self._measure("val", self.val_loader))
                         self.batch = 0
                         self._call("after_epoch")
-                if self.history:
-                    self.history[-1] |= self._measure("test", self.test_loader)
-            except BaseException:  # KeyboardInterrupt, too
-                self._call("after_error")
-                raise
-            self._call("after_fit")
+            if self.history:
+                self.history[-1] |= self._measure("test", self.test_loader)
+        except BaseException:  # KeyboardInterrupt, too
+            self._call("after_error")
+            raise
+        self._call("after_fit")
         return self.history
 
     def _measure(self, name, loader):
@@ -200,7 +197,10 @@ class TrainLoop:
 
         With gradients accumulated over `size` batches, the optimizer steps at the `last` of them.
         """
-        self._set_training_mode()
+        if not self.model.training:
+            self.task.train()
+            for module in self.frozen:
+                module.training = False
         batch, total, several = send_to_device(batch, self.accelerator.device), None, len(self.optimizers) > 1
         with nullcontext() if last and not several else getattr(self.task, "no_sync", nullcontext)():  # only DDP has it
             losses, *_ = self.task(batch, training=True)
@@ -217,12 +217,6 @@ class TrainLoop:
         if self.stepped and self.scheduler is not None:
             self.scheduler.step()
         return total
-
-    def _set_training_mode(self):
-        if not self.model.training:
-            self.task.train()
-            for module in self.frozen:
-                module.training = False
 
     def _update(self, several):
         """One optimizer step, with the unscaled gradients averaged across processes."""
@@ -410,5 +404,6 @@ def best_precision():
 
 def _replace_order(loader, batch_sampler):
     """A loader like this one, with its batches drawn by batch_sampler."""
-    kept = {name: getattr(loader, name) for name in KEPT.split()}
-    return DataLoader(loader.dataset, batch_sampler=batch_sampler, **kept)
+    kept = "num_workers collate_fn pin_memory generator worker_init_fn multiprocessing_context persistent_workers"
+    options = {name: getattr(loader, name) for name in kept.split()}
+    return DataLoader(loader.dataset, batch_sampler=batch_sampler, **options)

@@ -142,10 +142,8 @@ def test_training_that_was_stopped_early_stays_so_when_started_again(tmp_path):
 def test_no_checkpoint_holds_weights_that_are_no_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "REFRESH", 10)  # looks at the first step of an epoch only
     spoil = Call(after_backward=lambda loop: loop.steps == 6 and loop.model.body.weight.grad.fill_(math.nan))
-    for number, (every, guard, last) in enumerate(
-        ((1, [], 6), ("epoch", [], 5), ("epoch", [TerminateOnNaN()], 5), ("end", [], 0))
-    ):
-        loop, url = make_loop(), f"{tmp_path}/{number}"
+    for every, guard, last in (1, [], 6), ("epoch", [], 5), ("epoch", [TerminateOnNaN()], 5), ("end", [], 0):
+        loop, url = make_loop(), f"{tmp_path}/{every}{len(guard)}"
         loop.fit(3, [Checkpoint(url, every=every, keep=9), spoil, *guard])
         assert not loop.model.body.weight.isfinite().any() and loop.steps == (10 if guard else 15)
         kept = checkpoints(url)
@@ -188,16 +186,14 @@ def test_what_there_is_not_is_named(tmp_path):
 
 
 def test_checkpoints_are_kept_as_often_as_was_asked_for(tmp_path):
-    for number, (every, options, expected) in enumerate(
-        (
-            ("epoch", {}, [5, 10]),
-            ("end", {}, [10]),
-            (2, {}, [2, 4, 5, 6, 8, 10]),
-            (100, {}, [5, 10]),
-            (3, {"accumulate": 2}, [4, 5, 7, 9, 10]),  # at the first step of the optimizer from there
-        )
+    for every, options, expected in (
+        ("epoch", {}, [5, 10]),
+        ("end", {}, [10]),
+        (2, {}, [2, 4, 5, 6, 8, 10]),
+        (100, {}, [5, 10]),
+        (3, {"accumulate": 2}, [4, 5, 7, 9, 10]),  # at the first step of the optimizer from there
     ):
-        loop, again, url = make_loop(**options), make_loop(**options), f"{tmp_path}/{number}"
+        loop, again, url = make_loop(**options), make_loop(**options), f"{tmp_path}/{every}"
         loop.fit(2, [Checkpoint(url, every=every, keep=99)])
         kept = checkpoints(url)
         assert sorted(kept) == expected

@@ -40,11 +40,6 @@ from test_callbacks import logged, picture, rows_of
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Requiring AUTH")]  # of aiosmtpd
 
 
-@pytest.fixture
-def run(tmp_path):
-    return experiment.Run(tmp_path / "runs")
-
-
 def raises(end):
     return pytest.raises(ZeroDivisionError) if end is fail else nullcontext()
 
@@ -66,8 +61,8 @@ def test_a_dry_run_takes_few_batches_and_leaves_the_loaders_as_they_were():
     assert loop.steps == 3 and len(loop.history) == 1 and len(loop.train_loader) == 5
 
 
-def test_statistics_of_gradients_are_those_before_clipping_and_are_written_however_training_ends(run):
-    kept = []
+def test_statistics_of_gradients_are_those_before_clipping_and_are_written_however_training_ends(tmp_path):
+    kept, run = [], experiment.Run(tmp_path)
 
     def keep(loop):
         for name, weight in loop.model.named_parameters():
@@ -88,10 +83,11 @@ def test_statistics_of_gradients_are_those_before_clipping_and_are_written_howev
     assert width > 500 and height > 100
 
 
-def test_statistics_of_gradients_come_with_accumulation_too_and_from_a_weight_of_the_criterion(run):
+def test_statistics_of_gradients_come_with_accumulation_too_and_from_a_weight_of_the_criterion(tmp_path):
     scale = nn.Parameter(torch.ones(3))
     cross_entropy = lambda outputs, targets: nn.functional.cross_entropy(scale * outputs, targets)
-    loop, statistics = make_loop(accumulate=2, criterion=cross_entropy), GradientStatistics(run, every=10)
+    loop = make_loop(accumulate=2, criterion=cross_entropy)
+    statistics = GradientStatistics(experiment.Run(tmp_path), every=10)
     loop.optimizers[0].add_param_group({"params": [scale]})
     loop.fit(4, [statistics])
     rows = [(row["step"], row["weight"]) for row in statistics.rows]

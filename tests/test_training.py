@@ -112,25 +112,15 @@ def test_every_sample_is_evaluated_and_predicted_once_in_the_order_of_the_loader
     assert "test_loss" not in first and "val_loss" not in first and loop.predict(loop.val_loader) == ([], [])
 
 
-class Texts(nn.Module):
-    """Says its texts in capitals; trains on nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def get_loss(self, batch, criterion):
-        return 0 * self.weight + len(batch["text"])
-
-    def get_predictions(self, batch):
+def test_texts_are_trained_on_evaluated_and_predicted_and_outputs_of_different_lengths_are_a_list():
+    def predict(batch):
         outputs = [text.upper() for text in batch["text"]]
         return outputs, batch["target"], torch.zeros(len(outputs), max(map(len, outputs)))
 
-
-def test_texts_are_trained_on_evaluated_and_predicted_and_outputs_of_different_lengths_are_a_list():
-    rows = [{"text": "word " * n, "target": "WORD " * n} for n in range(1, 6)]
+    rows, model = [{"text": "word " * n, "target": "WORD " * n} for n in range(1, 6)], nn.Linear(1, 1)
+    model.get_loss, model.get_predictions = lambda batch, _: 0 * model.weight.sum() + len(batch["text"]), predict
     texts = DataLoader(rows, 2)
-    loop = make_loop(train=texts, val=texts, model=Texts(), metrics=question_answering())
+    loop = make_loop(train=texts, val=texts, model=model, metrics=question_answering())
     [row] = loop.fit(1)
     assert row["train_loss"] == row["val_loss"] == pytest.approx((2 + 2 + 2 + 2 + 1) / 5)
     assert row["val_exact_match"] == 1

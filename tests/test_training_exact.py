@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_model_of_transformers_trains_by_the_loss_it_returns():
-    from transformers import GPT2Config, GPT2LMHeadModel  # here: the processes that are killed do without
+    from transformers import GPT2Config, GPT2LMHeadModel  # here: the other processes do without
 
     tokens = torch.randint(50, (12, 7), generator=torch.Generator().manual_seed(0))
     batches = DataLoader([{"input_ids": row, "labels": row} for row in tokens], 4)
