@@ -18,9 +18,9 @@ from helpers.training import Callback, CancelFit
 class LearningRate(Callback):
     """Schedule the learning rate over the whole fit and record it in the history.
 
-    schedule: "constant", "linear" or "cosine", from the optimizer's own rate down to 0, after a linear warm-up of
-    `warmup` steps (below 1: a fraction of all); and anew `cycles` times (Loshchilov & Hutter 2016,
-    https://arxiv.org/abs/1608.03983). Or a function that makes any torch scheduler for an optimizer; a
+    schedule: "constant", "linear" or "cosine", from the optimizer's own rate down to 0, `cycles` times (Loshchilov &
+    Hutter 2016, https://arxiv.org/abs/1608.03983), after a linear warm-up of `warmup` steps (below 1: a fraction of
+    all). Or a function that makes any torch scheduler for an optimizer; it moves by the step, except that a
     ReduceLROnPlateau looks at `monitor` in the history after every epoch.
     """
 
