@@ -90,24 +90,10 @@ def test_a_second_vote_of_the_same_person_replaces_the_first_and_any_text_can_be
     told = bot.vote(joke.id, "me", True)
     assert told.question == "ab  😀 'quoted' \"doubly\" %s" and 1000 < len(told.answer) < 4000
     assert bot.tally()["it's; DROP TABLE vote --"] == (1, 1, 1)
-
-
-def test_a_database_of_the_version_before_keeps_its_votes(database):
     with bot.connection():
-        for statement in (
-            "DROP TABLE vote",
-            "DROP TABLE joke",
-            "CREATE TABLE joke (id BIGINT PRIMARY KEY, source TEXT, question TEXT, answer TEXT, told REAL)",
-            "CREATE TABLE vote (joke_id BIGINT, person TEXT, liked BOOLEAN, voted REAL, PRIMARY KEY (joke_id, person))",
-            "INSERT INTO joke VALUES (17, 'model', 'How?', 'So.', 1)",
-            "INSERT INTO vote VALUES (17, 'me', true, 2)",
-        ):
-            bot.Table._meta.database.execute_sql(statement)
+        bot.Table._meta.database.execute_sql("ALTER TABLE joke DROP COLUMN asked")  # as in the version before
     bot.connect(database)
-    bot.vote(bot.record("model", "Why?", "Because.").id, "me", True)
-    assert bot.tally() == {"model": (2, 2, 2)} and bot.tally(asked=False) == {"model": (1, 1, 1)}
-    page = run_cells("07a", "def wilson", "def read_votes", "def liked_jokes")
-    assert page["liked_jokes"](page["read_votes"](), 1, 0) == [("Why?", "Because.")], "not what a person may have asked"
+    assert bot.tally(asked=False) == {} and bot.tally()["human"] == (1, 2, 1)
 
 
 def test_jokes_that_people_like_are_the_next_data_set(sqlite, tmp_path):
@@ -118,22 +104,18 @@ def test_jokes_that_people_like_are_the_next_data_set(sqlite, tmp_path):
         bot.vote(first.id, f"fan {number}", False)
         bot.vote(second.id, f"fan {number}", True)  # the same joke, of which they think better now
         bot.vote(bot.record("model", *other).id, f"fan {number}", number > 0)
-        bot.vote(bot.record("model", *private, asked=True).id, f"fan {number}", True)
+        for asked in True, None:  # None: nobody knows, in a database of the version before
+            bot.vote(bot.record("model", *private, asked=asked).id, f"fan {number}", True)
     page = run_cells("07a", "def wilson", "def read_votes", "def liked_jokes", "def save_votes")
     liked_jokes, rows = page["liked_jokes"], page["read_votes"]()
-    assert len(rows) == 24 and {row["person"] for row in rows} == set(range(1, 7)) and "fan" not in str(rows)
+    assert len(rows) == 30 and {row["person"] for row in rows} == set(range(1, 7)) and "fan" not in str(rows)
     assert liked_jokes(rows) == [joke] and liked_jokes(rows, votes=7) == []
     page |= dict(run=experiment.Run(tmp_path / "runs"), liked_votes=5, liked_above=0.4)  # five of six: at least 0.44
     page["save_votes"]()
     assert joke_corpus.read(f"{page['run'].url}/liked_jokes.csv") == ([joke, other], 0)  # which notebook 05 takes
     with open(f"{page['run'].url}/votes.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    counted = Counter((row["asked"], row["liked"]) for row in table)
-    assert counted == {("False", "True"): 11, ("False", "False"): 7, ("True", "True"): 6}
-    with contextlib.suppress(ImportError):
-        import pyarrow.parquet
-
-        assert pyarrow.parquet.read_table(f"{page['run'].url}/votes.parquet").to_pylist() == rows
+        counted = Counter((row["asked"], row["liked"]) for row in csv.DictReader(file))
+    assert counted == {("False", "True"): 11, ("False", "False"): 7, ("True", "True"): 6, ("", "True"): 6}
 
 
 def test_no_vote_is_lost_when_the_voters_are_killed(sqlite, tmp_path):
@@ -151,9 +133,8 @@ def test_no_vote_is_lost_when_the_voters_are_killed(sqlite, tmp_path):
 
     before = there()
     assert len(counted) >= 100 and counted <= before.keys() and len(before.keys() - counted) <= 50  # not printed yet
-    for number in range(50):  # and life goes on
-        bot.vote(jokes[0], number, False)
-    assert there() == {**before, **{f"{jokes[0]} {number}": False for number in range(50)}}
+    bot.vote(jokes[0], 0, False)  # and life goes on
+    assert there() == {**before, f"{jokes[0]} 0": False}
 
 
 def test_a_file_is_private_whatever_its_name(tmp_path, monkeypatch):
@@ -215,17 +196,6 @@ def test_each_person_has_a_limit_of_their_own(monkeypatch):
         assert set(jokes.asked) == {"fast"}  # nobody is remembered for longer
 
 
-def test_who_cannot_answer_is_not_asked(sqlite):
-    people = bot.People(PAIRS, seed=0)
-    with joke_bot({"people": people, "model": echo}, stock=0, per_minute=100) as jokes:
-        told = [jokes.tell("me", "Why?" if number % 2 else None) for number in range(60)]
-    assert {joke.source for joke in told[1::2]} == {"model"} and {joke.answer for joke in told[1::2]} == {"Why? it is"}
-    of_people = {(joke.question, joke.answer) for joke in told[::2] if joke.source == "people"}
-    assert of_people == set(PAIRS) and bot.tally(asked=True) == {"model": (30, 0, 0)}
-    with joke_bot({"people": people}, stock=0) as jokes, pytest.raises(bot.Busy, match="cannot answer questions"):
-        jokes.ask("me", "Why?")
-
-
 def test_whole_jokes_are_ready_before_anybody_asks():
     gate = Gate()
     gate.opened.set()
@@ -245,12 +215,12 @@ def test_memory_stays_flat():
     used = []
     with joke_bot({"model": lambda questions: [(str(question), "y" * 1000) for question in questions]}) as jokes:
         tracemalloc.start()
-        for number in range(0, 2400, 16):
+        for number in range(0, 960, 16):
             asked = [jokes.ask(number + i, None if i % 2 else f"{number + i}?") for i in range(16)]
             assert all(future.result(60) for future in asked)
             used.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    assert used[-1] - used[25] < 500_000, "bytes more after 2,000 jokes of 1,000 bytes"
+    assert used[-1] - used[10] < 200_000, "bytes more after 800 jokes of 1,000 bytes"
 
 
 @contextlib.contextmanager
@@ -305,7 +275,7 @@ def votes(server):
 
 def test_a_joke_and_an_answer_as_they_are_written(chat):
     for number in range(12):
-        chat.say(2, "/joke" if number % 2 else f"/joke@{tg.NAME}")
+        chat.say(2, "/joke" if number % 2 else f"/joke@{tg.BOT['username']}")
     texts = {chat.reply(2, number)["text"] for number in range(12)}
     assert texts <= {*map("\n\n".join, PAIRS), f"{PAIRS[1][0]}\n\n<None> & more."} and len(texts) > 1
     chat.say(3, "Why did the <i>lighthouse</i> & " + "keeper " * 700)  # < and & come through, no tag of theirs counts
@@ -352,7 +322,7 @@ def test_a_vote_below_a_message_that_is_too_old_counts(chat):
     chat.wait(lambda: votes(chat) == (before[0] + 2, before[1] + 1), "the other vote")
 
 
-def test_what_is_no_question_is_explained_and_what_is_no_message_is_not(chat):
+def test_what_is_no_question_is_explained_and_what_is_no_message_or_malformed_is_left_out(chat):
     photo = [{"file_id": "a", "file_unique_id": "b", "width": 1, "height": 1}]
     for number, content in enumerate([dict(text="/nonsense"), dict(photo=photo, caption="Why?")]):
         chat.say(10, **content)
@@ -360,8 +330,12 @@ def test_what_is_no_question_is_explained_and_what_is_no_message_is_not(chat):
     chat.say(11, new_chat_title="what Telegram itself says in a chat")
     chat.push(edited_message={"message_id": 1, "date": 1, "edit_date": 2, **tg.person(11), "text": "Why?"})
     chat.push(channel_post={"message_id": 1, "date": 1, "chat": {"id": 11, "type": "channel"}, "text": "Why?"})
+    chat.push(message="no message")
+    chat.push(callback_query={"id": 1})
+    chat.push(message={"message_id": 1, "date": "yesterday", **tg.person(11), "text": "Why?"})
     chat.say(11, "/start")
     assert chat.reply(11)["text"].startswith("I tell jokes")  # and nothing to what came before
+    chat.wait(lambda: not chat.updates, "the updates to be confirmed")
 
 
 def test_a_busy_telegram_gets_everything_in_the_end(chat):
@@ -371,16 +345,6 @@ def test_a_busy_telegram_gets_everything_in_the_end(chat):
     chat.say(12, "Why is the lighthouse bright?")
     assert chat.reply(12)["text"].startswith("Why is the lighthouse bright?")
     assert not chat.answers["sendMessage"] and len(chat.sent(12)) == 1
-
-
-def test_malformed_updates_are_left_out(chat):
-    chat.push(message="no message")
-    chat.push(callback_query={"id": 1})
-    chat.push(message={"message_id": 1, "date": "yesterday", **tg.person(13), "text": "Why?"})
-    chat.push(unheard_of={"of": ["a", "newer", "API"]})
-    chat.say(13, "/start")
-    assert "/joke" in chat.reply(13)["text"]
-    chat.wait(lambda: not chat.updates, "the updates to be confirmed")
 
 
 def test_an_error_is_told_politely_and_logged(chat):

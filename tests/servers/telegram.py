@@ -4,7 +4,7 @@ https://core.telegram.org/bots/api; what it answers to mistakes is what Telegram
 """
 
 import contextlib
-import html.parser
+import html
 import itertools
 import json
 import re
@@ -15,25 +15,22 @@ from collections import defaultdict, deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TOKEN = "123456789:AAtests-only-0123456789_abcdefghijklm"
-NAME = "jokes_bot"
+BOT = {"id": 123456789, "is_bot": True, "first_name": "Jokes", "username": "jokes_bot"}
 
 
 @contextlib.contextmanager
 def telegram():
     """Run a Telegram as long as the block lasts, in threads of this process."""
-    with Telegram() as server:
+    with Telegram(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield server
         finally:
-            server.stopped = True
-            with server.changed:
-                server.changed.notify_all()
             server.shutdown()
 
 
 class Telegram(ThreadingHTTPServer):
-    """The server's address `url`, what people do, and what the bot did: `calls`, a list of (method, parameters).
+    """What people do, and what the bot did: `calls`, a list of (method, parameters).
 
     answers  {method: deque of (status, answer)}: given instead, one per call; a status of 0 closes the connection
     valid    whether the token is
@@ -41,15 +38,12 @@ class Telegram(ThreadingHTTPServer):
 
     daemon_threads, block_on_close, request_queue_size = True, False, 512
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.changed, self.stopped, self.valid = threading.Condition(), False, True
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.url, self.valid = f"http://127.0.0.1:{self.server_address[1]}", True
         self.calls, self.updates, self.messages = [], deque(), {}
         self.queries, self.answers = set(), defaultdict(deque)
-        self.numbers = itertools.count(1)
-
-    # ------------------------------------------------------------------------------------------- what people do
+        self.changed, self.numbers = threading.Condition(), itertools.count(1)
 
     def push(self, **content):
         """An update, as it is, malformed or not."""
@@ -70,13 +64,10 @@ class Telegram(ThreadingHTTPServer):
         """A user presses the button with this data below a message of the bot (None: of one that was sent inline)."""
         query = str(next(self.numbers))
         self.queries.add(query)
-        below = {"message": message} if message else {"inline_message_id": "1"}
-        self.push(
-            callback_query={"id": query, "from": person(user)["from"], "chat_instance": "1", "data": data, **below}
-        )
+        content = {"message": message} if message else {"inline_message_id": "1"}
+        content |= {"id": query, "from": person(user)["from"], "chat_instance": "1", "data": data}
+        self.push(callback_query=content)
         return query
-
-    # ----------------------------------------------------------------------------------------- what the bot did
 
     def wait(self, ready, what, seconds=60):
         """Wait until ready() is true and return that; fails with what the bot did."""
@@ -99,8 +90,6 @@ class Telegram(ThreadingHTTPServer):
         """The parameters of all calls of a method."""
         return [parameters for name, parameters in list(self.calls) if name == method]
 
-    # --------------------------------------------------------------------------------------------- the Bot API
-
     def call(self, token, method, parameters):
         """The (status, answer) to a call."""
         if token != TOKEN or not self.valid:
@@ -110,122 +99,72 @@ class Telegram(ThreadingHTTPServer):
             self.changed.notify_all()
             if self.answers[method]:
                 return self.answers[method].popleft()
-        do = getattr(self, f"on_{method.lower()}", None)
-        if not do:
-            return refusal(404, "Not Found")
         try:
-            result = do(parameters)
-        except Refused as refused:
-            return refusal(*refused.args)
+            result = getattr(self, method)(parameters)
+        except ValueError as error:
+            return refusal(400, f"Bad Request: {error}")
         with self.changed:
             self.changed.notify_all()
         return 200, {"ok": True, "result": result}
 
-    def on_getme(self, _):
-        return {"id": 123456789, "is_bot": True, "first_name": "Jokes", "username": NAME}
+    def getMe(self, _):
+        return BOT
 
-    def on_deletewebhook(self, _):
+    def deleteWebhook(self, _):
         return True
 
-    def on_getupdates(self, parameters):
+    sendChatAction = deleteWebhook
+
+    def getUpdates(self, parameters):
         deadline = time.monotonic() + float(parameters.get("timeout", 0))
         with self.changed:
             while self.updates and self.updates[0][0] < int(parameters.get("offset", 0)):
                 self.updates.popleft()
-            while not self.updates and not self.stopped and self.valid and (left := deadline - time.monotonic()) > 0:
+            while not self.updates and self.valid and (left := deadline - time.monotonic()) > 0:
                 self.changed.wait(left)
             return [update for _, update in self.updates][:100]
 
-    def on_sendchataction(self, parameters):
-        return bool(parameters["action"])
-
-    def on_sendmessage(self, parameters):
-        user = int(parameters["chat_id"])
-        message = {
-            "message_id": next(self.numbers),
-            "date": int(time.time()),
-            "chat": person(user)["chat"],
-            "from": self.on_getme(None),
-            **written(parameters),
-        }
+    def sendMessage(self, parameters):
+        message = {"message_id": next(self.numbers), "date": int(time.time()), "from": BOT, **written(parameters)}
+        message["chat"] = person(int(parameters["chat_id"]))["chat"]
         self.messages[message["message_id"]] = message
         return message
 
-    def on_editmessagetext(self, parameters):
-        message = self.messages.get(int(parameters["message_id"]))
-        if not message:
-            raise Refused(400, "Bad Request: message to edit not found")
-        new = written(parameters)
-        if all(message.get(name) == value for name, value in new.items()):
-            raise Refused(400, "Bad Request: message is not modified")
+    def editMessageText(self, parameters):
+        message, new = self.messages[int(parameters["message_id"])], written(parameters)
+        if message == message | new:
+            raise ValueError("message is not modified")
         message.update(new)
         return message
 
-    def on_answercallbackquery(self, parameters):
+    def answerCallbackQuery(self, parameters):
         if parameters["callback_query_id"] not in self.queries:
-            raise Refused(400, "Bad Request: query is too old and response timeout expired or query ID is invalid")
+            raise ValueError("query is too old and response timeout expired or query ID is invalid")
         return True
-
-
-class Refused(Exception):
-    """A status and what Telegram says to it."""
 
 
 def refusal(status, description, **parameters):
     """An answer that refuses."""
-    answer = {"ok": False, "error_code": status, "description": description}
-    return status, {**answer, "parameters": parameters} if parameters else answer
+    return status, {"ok": False, "error_code": status, "description": description, "parameters": parameters}
 
 
 def person(user):
     """A user and their chat with the bot."""
-    return {
-        "from": {"id": user, "is_bot": False, "first_name": f"User {user}"},
-        "chat": {"id": user, "type": "private", "first_name": f"User {user}"},
-    }
+    name = {"id": user, "first_name": f"User {user}"}
+    return {"from": {**name, "is_bot": False}, "chat": {**name, "type": "private"}}
 
 
 def written(parameters):
-    """The text and buttons of a message, its HTML checked and read as Telegram does."""
-    text = parameters.get("text", "")
-    content = {"html": text, "text": text}
+    """The text and buttons of a message, its HTML (in which this bot writes bold and italics) checked and read."""
+    text = parameters["text"]
     if parameters.get("parse_mode") == "HTML":
-        reader = Reader(convert_charrefs=True)
-        reader.feed(text)
-        reader.close()
-        if reader.open or reader.strange or re.search("<(?![/a-z])", text):
-            raise Refused(400, f"Bad Request: can't parse entities: {reader.strange or reader.open}")
-        content["text"] = "".join(reader.text)
-    if not content["text"].strip():
-        raise Refused(400, "Bad Request: message text is empty")
-    if len(content["text"].encode("utf-16-le")) > 2 * 4096:
-        raise Refused(400, "Bad Request: message is too long")
-    if "reply_markup" in parameters:
-        content["reply_markup"] = json.loads(parameters["reply_markup"])
-        for button in itertools.chain(*content["reply_markup"]["inline_keyboard"]):
-            if not 1 <= len(button["callback_data"].encode()) <= 64:
-                raise Refused(400, "Bad Request: BUTTON_DATA_INVALID")
-    return content
-
-
-class Reader(html.parser.HTMLParser):
-    """Reads the few tags that Telegram allows."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.text, self.open, self.strange = [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.open.append(tag)
-        if tag not in ("b", "i", "u", "s", "a", "code", "pre", "blockquote", "tg-spoiler"):
-            self.strange.append(tag)
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.strange.append(tag)
-
-    def handle_data(self, data):
-        self.text.append(data)
+        if not re.fullmatch(r"([^<]|<([bi])>[^<]*</\2>)*", text):
+            raise ValueError("can't parse entities")
+        text = html.unescape(re.sub("<.*?>", "", text))
+    if len(text.encode("utf-16-le")) > 2 * 4096:
+        raise ValueError("message is too long")
+    buttons = {"reply_markup": json.loads(parameters["reply_markup"])} if "reply_markup" in parameters else {}
+    return {"html": parameters["text"], "text": text, **buttons}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -236,15 +175,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         parameters = dict(urllib.parse.parse_qsl(body, keep_blank_values=True))
-        found = re.fullmatch(r"/bot([^/]+)/(\w+)", urllib.parse.unquote(self.path))
-        status, answer = self.server.call(*found.groups(), parameters) if found else refusal(404, "Not Found")
+        _, token, method = urllib.parse.unquote(self.path).split("/")
+        status, answer = self.server.call(token.removeprefix("bot"), method, parameters)
         if not status:
             self.close_connection = True
             return
         data = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
         with contextlib.suppress(ConnectionError):
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
