@@ -20,6 +20,7 @@ from servers import bot as processes
 from servers import postgres as pg
 from servers import telegram as tg
 from servers.bot import PAIRS
+from transformers import GPT2Config
 
 from helpers import experiment, storage
 from helpers.chapters import bot, joke_corpus, telegram_bot
@@ -167,19 +168,25 @@ def test_a_bad_database_is_one_clear_error_without_the_password(request, monkeyp
         assert not re.search(r"p@ss|p%40ss|w:rd|w%3Ard|rd#1", said), said
 
 
-def test_who_waits_is_gathered_and_too_many_are_politely_refused():
+def test_whole_jokes_are_ready_who_waits_is_gathered_and_too_many_are_politely_refused():
     gate = Gate()
-    with joke_bot({"model": gate}, stock=0, queue=40) as jokes:
-        first = jokes.ask("me", "First?")
+    gate.opened.set()
+    with joke_bot({"model": gate}, queue=40) as jokes:
+        assert any(time.sleep(0.05) or len(jokes.queue.ready["model"]) == 16 for _ in range(400))
+        gate.opened.clear()
+        gate.entered.clear()
+        for _ in range(16):
+            jokes.ask("me").result(0)  # at once, though the source does not answer
         assert gate.entered.wait(60)
         waiting = [jokes.ask(number, f"{number}?") for number in range(40)]
         with pytest.raises(bot.Busy, match="try again"):
             jokes.ask("late", "Late?")
         assert waiting.pop().cancel()  # who does not want it any more harms nobody
         gate.opened.set()
-        answers = [future.result(60) for future in [first, *waiting]]
-    assert answers == [("model", *pair) for pair in echo(["First?", *(f"{number}?" for number in range(39))])]
-    assert [len(batch) for batch in gate.batches] == [1, 16, 16, 7] and len(gate.threads) == 1
+        answers = [future.result(60) for future in waiting]
+    assert answers == [("model", *pair) for pair in echo([f"{number}?" for number in range(39)])]
+    assert gate.batches[:2] == [[None] * 16] * 2 and [len(batch) for batch in gate.batches[2:]] == [16, 16, 7]
+    assert len(gate.threads) == 1
 
 
 def test_each_person_has_a_limit_of_their_own(monkeypatch):
@@ -196,21 +203,6 @@ def test_each_person_has_a_limit_of_their_own(monkeypatch):
         assert set(jokes.asked) == {"fast"}  # nobody is remembered for longer
 
 
-def test_whole_jokes_are_ready_before_anybody_asks():
-    gate = Gate()
-    gate.opened.set()
-    with joke_bot({"model": gate}, batch=8, stock=16) as jokes:
-        assert any(time.sleep(0.05) or len(jokes.queue.ready["model"]) == 16 for _ in range(400))
-        gate.opened.clear()
-        for _ in range(16):
-            jokes.ask("me").result(0)  # at once, though the source does not answer
-        late = jokes.ask("me")
-        assert not late.done()
-        gate.opened.set()
-        assert late.result(60)[0] == "model"
-    assert gate.batches[0] == [None] * 8
-
-
 def test_memory_stays_flat():
     used = []
     with joke_bot({"model": lambda questions: [(str(question), "y" * 1000) for question in questions]}) as jokes:
@@ -224,34 +216,32 @@ def test_memory_stays_flat():
 
 
 @contextlib.contextmanager
-def process(tmp_path, server, exits=0):
-    """The bot in a process of its own, in front of the server; its log is `log()`.
+def chatting(directory, exits=0):
+    """A Telegram with the bot in front of it, in a `process` of its own; the bot's log is `log()`.
 
     At the end it is told to stop, and stops in good order; whatever happened, it has not said its token.
     """
-    inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    env = {**inherited, "TELEGRAM_BOT_TOKEN": tg.TOKEN, "JOKES_DATABASE_URL": f"sqlite:///{tmp_path}/jokes.db"}
-    running = processes.start(processes.chat, tmp_path / "log", env, "x.csv", "--base-url", server.url)
-    running.log = (tmp_path / "log").read_text
-    try:
-        server.wait(lambda: not running.is_alive() or server.called("getUpdates"), "the bot")
-        assert running.is_alive(), running.log()
-        yield running
-        running.terminate()
-        running.join(60)
-        assert running.exitcode == exits, running.log()
-    finally:
-        running.kill()
-        running.join()
-        assert tg.TOKEN.split(":")[1] not in running.log()
+    env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    env |= {"TELEGRAM_BOT_TOKEN": tg.TOKEN, "JOKES_DATABASE_URL": f"sqlite:///{directory}/jokes.db"}
+    with tg.telegram() as server:
+        running = processes.start(processes.chat, directory / "log", env, "x.csv", "--base-url", server.url)
+        server.process, server.log, server.database = running, (directory / "log").read_text, env["JOKES_DATABASE_URL"]
+        try:
+            server.wait(lambda: not running.is_alive() or server.called("getUpdates"), "the bot")
+            assert running.is_alive(), server.log()
+            yield server
+            running.terminate()
+            running.join(60)
+            assert running.exitcode == exits, server.log()
+        finally:
+            running.kill()
+            running.join()
+            assert tg.TOKEN.split(":")[1] not in server.log()
 
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
-    """A Telegram with a bot that runs on it."""
-    directory = tmp_path_factory.mktemp("bot")
-    with tg.telegram() as server, process(directory, server) as running:
-        server.process, server.database = running, f"sqlite:///{directory}/jokes.db"
+    with chatting(tmp_path_factory.mktemp("bot")) as server:
         yield server
 
 
@@ -340,8 +330,8 @@ def test_what_is_no_question_is_explained_and_what_is_no_message_or_malformed_is
 
 def test_a_busy_telegram_gets_everything_in_the_end(chat):
     wait, fault = tg.refusal(429, "Too Many Requests: retry after 1", retry_after=1), tg.refusal(502, "Bad Gateway")
-    chat.answers["sendMessage"] += [wait, fault, (0, None)]
-    chat.answers["getUpdates"] += [fault, (200, {"ok": True}), wait]
+    chat.answers["sendMessage"] += [wait, fault, ("", 0)]
+    chat.answers["getUpdates"] += [fault, ({"ok": True}, 200), wait]
     chat.say(12, "Why is the lighthouse bright?")
     assert chat.reply(12)["text"].startswith("Why is the lighthouse bright?")
     assert not chat.answers["sendMessage"] and len(chat.sent(12)) == 1
@@ -359,29 +349,29 @@ def test_an_error_is_told_politely_and_logged(chat):
         chat.say(16, "/joke")
     texts = [chat.reply(16, number)["text"] for number in range(45)]
     assert sum(text.startswith("You are faster than I am!") for text in texts) >= 5
-    log = chat.process.log()
+    log = chat.log()
     assert "ValueError: this joke is not funny" in log and "/getMe" not in log and "api" not in log
 
 
 def test_sigterm_finishes_what_is_in_flight(tmp_path):
-    with tg.telegram() as server, process(tmp_path, server) as running:
+    with chatting(tmp_path) as server:
         for person in range(1, 6):
             server.say(person, "Slow?")
         server.wait(lambda: len(server.called("sendChatAction")) >= 5, "typing")
         assert not server.messages
-        running.terminate()
-        running.join(60)
+        server.process.terminate()
+        server.process.join(60)
         assert [server.reply(person)["text"] for person in range(1, 6)] == ["Slow?\n\n<Slow?> & more."] * 5
         assert not server.updates or int(server.called("getUpdates")[-1]["offset"]) > server.updates[-1][0]
 
 
 def test_a_token_that_is_revoked_ends_the_bot(tmp_path):
-    with tg.telegram() as server, process(tmp_path, server, exits=1) as running:
+    with chatting(tmp_path, exits=1) as server:
         with server.changed:
             server.valid = False
             server.changed.notify_all()
-        running.join(60)
-        assert "ask @BotFather for another" in running.log() and "Traceback" not in running.log()
+        server.process.join(60)
+        assert "ask @BotFather for another" in server.log() and "Traceback" not in server.log()
 
 
 WRONG = {
@@ -402,7 +392,7 @@ def test_it_says_what_is_wrong_and_not_the_token(kind, tmp_path, monkeypatch, ca
     asyncio.set_event_loop(asyncio.new_event_loop())
     with tg.telegram() as server:
         server.valid = kind != "refused"
-        server.answers["getMe"] += [(200, f"<html>{tg.TOKEN}</html>")] * 9 if kind == "no Telegram" else []
+        server.answers["getMe"] += [(f"<html>{tg.TOKEN}</html>", 200)] * 9 if kind == "no Telegram" else []
         url = "http://127.0.0.1:9" if kind == "no network" else server.url
         monkeypatch.setattr(sys, "argv", ["helpers", "bot", "x.csv", "--base-url", url])
         with pytest.raises(SystemExit, match="1"):
@@ -415,7 +405,9 @@ def test_it_says_what_is_wrong_and_not_the_token(kind, tmp_path, monkeypatch, ca
 def models(tmp_path_factory):
     """The folder of two small models, whose base models are known, and of a CSV of jokes."""
     folder = tmp_path_factory.mktemp("models")
-    model, tokenizer = language.load_base("small", PAIRS * 20, 24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "GPT2Config", lambda **sizes: GPT2Config(**sizes | dict(n_embd=8, n_layer=1, n_head=1)))
+        model, tokenizer = language.load_base("small", PAIRS * 20, 24)
     for name in ("minilm", "small"):
         model.config.base_model = name
         language.save(model, tokenizer, folder / f"jokes-{name}")
@@ -432,6 +424,8 @@ def test_models_and_people_tell_jokes_side_by_side(models, one_thread, monkeypat
         told = [future.result(60) for future in asked]
     assert {question for _, question, _ in told[1::2]} == {"Why?"} and all(answer for *_, answer in told)
     assert [{source for source, *_ in told[i::2]} for i in (0, 1)] == [{*sources}, {*sources} - {"human.csv"}]
+    with joke_bot({"people": sources["human.csv"]}) as jokes, pytest.raises(bot.Busy, match="cannot answer questions"):
+        jokes.ask("me", "Why?")
     monkeypatch.setenv("TELEGRAM_BOT_TOKEN", tg.TOKEN)
     monkeypatch.setattr(telegram_bot, "serve", lambda jokes, *_: served.append(jokes) or jokes.close())
     options, served = "--temperature 0.7 --top-k 5 --top-p 0.5 --repetition-penalty 1.3 --stock 0".split(), []
@@ -453,19 +447,15 @@ def test_what_cannot_be_a_source_is_named(models, tmp_path):
             bot.load_sources([str(url)], **options)
 
 
-def test_the_models_of_a_bucket_are_found(models, embedded, bucket):
+def test_the_models_of_a_bucket_are_found(embedded, bucket):
     storage.create_bucket(bucket)
-    names = dict(bucket=bucket, jokes_csv=f"{models}/human.csv", requests=1, liked_votes=5, liked_above=0.5, seed=0)
-    for folder, name in (("jokes", "minilm"), ("jokes-small", "small"), ("convert", "small")):
-        for file in (models / f"jokes-{name}").iterdir():
-            storage.write(f"s3://{bucket}/models/{folder}/{file.name}", file.read_bytes())
-    storage.write(f"s3://{bucket}/models/jokes-half/model.safetensors", b"")  # cut off
-    found = run_cells("07a", "def find_models", names=dict(names, model_urls=[]))
-    assert found["models"] == [f"s3://{bucket}/models/jokes", f"s3://{bucket}/models/jokes-small"]
-    assert list(found["sources"]) == ["minilm", "small", "human.csv"]
-    names["model_urls"] = f"{models}/human.csv {models}/jokes-small"
-    given = run_cells("07a", "def find_models", names=names)
-    assert list(given["sources"]) == ["human.csv", "small"]
+    for name in "jokes/config.json", "jokes-small/config.json", "jokes-half/model.safetensors", "convert/config.json":
+        storage.write(f"s3://{bucket}/models/{name}", b"")
+    names = dict(bucket=bucket, jokes_csv="human.csv", requests=1, liked_votes=5, liked_above=0.5, seed=0)
+    of_bucket = [f"s3://{bucket}/models/jokes", f"s3://{bucket}/models/jokes-small"]
+    for given, found in ([], of_bucket), ("a.csv jokes-small", ["a.csv", "jokes-small"]):
+        page = run_cells("07a", "def find_models", names=dict(names, model_urls=given, load_sources=list))
+        assert page["sources"] == [*found, "human.csv"]
 
 
 def test_the_panel_of_the_notebook(sqlite):
@@ -480,7 +470,7 @@ def test_the_panel_of_the_notebook(sqlite):
         assert "Why &lt;b&gt;so&lt;/b&gt; &amp; not?" in shown.value and buttons.layout.visibility == "visible"
         for button, counted in zip(buttons.children, ((1, 1, 1), (1, 1, 0))):
             button.click()
-            assert "Thank you for your feedback" in shown.value and bot.tally() == {"model": counted}
+            assert "Thank you for your feedback" in shown.value and bot.tally(asked=True) == {"model": counted}
         for _ in range(3):
             tell.click()
         assert "seconds" in shown.value and buttons.layout.visibility == "hidden"

@@ -11,7 +11,7 @@ import re
 import secrets
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import matplotlib
@@ -51,14 +51,12 @@ def eager_attention(model):
     """Have a model of transformers compute its attention step by step. Raises ValueError for any other model."""
     if not hasattr(model, "set_attn_implementation"):
         raise ValueError(NO_WEIGHTS.format(model))
-    configs = [part.config for part in model.modules() if hasattr(part, "set_attn_implementation")]
-    before = [(config, config._attn_implementation) for config in configs]  # the outermost first
+    before = model.config._attn_implementation
     try:
         model.set_attn_implementation("eager")
         yield
     finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+        model.set_attn_implementation(before)
 
 def read_weights(model, source, target=None):
     """The weights (texts, heads, target, source) of each layer for ids (texts, length); ValueError without."""
@@ -314,12 +312,10 @@ def collect_convert(model, tokenizer, texts):
         model(ids)
         return record
 
-    hooks = [module.register_forward_hook(keep_weights) for module in modules]
-    try:
+    with ExitStack() as hooks:  # which are removed at its end
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(keep_weights))
         weights = read_rows(rows, read, next(model.parameters()).device)
-    finally:
-        for hook in hooks:
-            hook.remove()
     residuals = (*[True] * (len(names) - 1), False)  # the pooling adds nothing to its input
     tokens = [model.tokenizer.pieces(text) for text in texts]
     return [Example(source, source, layers, list(names), residuals) for source, layers in zip(tokens, weights)]

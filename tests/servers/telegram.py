@@ -7,12 +7,15 @@ import contextlib
 import html
 import itertools
 import json
+import logging
 import re
+import socket
 import threading
 import time
-import urllib.parse
 from collections import defaultdict, deque
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import flask
+from werkzeug.serving import make_server
 
 TOKEN = "123456789:AAtests-only-0123456789_abcdefghijklm"
 BOT = {"id": 123456789, "is_bot": True, "first_name": "Jokes", "username": "jokes_bot"}
@@ -21,27 +24,27 @@ BOT = {"id": 123456789, "is_bot": True, "first_name": "Jokes", "username": "joke
 @contextlib.contextmanager
 def telegram():
     """Run a Telegram as long as the block lasts, in threads of this process."""
-    with Telegram(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
+    logging.getLogger("werkzeug").disabled = True
+    telegram, app = Telegram(), flask.Flask("telegram")
+    app.post("/bot<token>/<method>")(telegram.call)
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    telegram.url = f"http://127.0.0.1:{server.port}"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield telegram
+    finally:
+        server.shutdown()
 
 
-class Telegram(ThreadingHTTPServer):
+class Telegram:
     """What people do, and what the bot did: `calls`, a list of (method, parameters).
 
-    answers  {method: deque of (status, answer)}: given instead, one per call; a status of 0 closes the connection
+    answers  {method: deque of (answer, status)}: given instead, one per call; a status of 0 closes the connection
     valid    whether the token is
     """
 
-    daemon_threads, block_on_close, request_queue_size = True, False, 512
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.url, self.valid = f"http://127.0.0.1:{self.server_address[1]}", True
-        self.calls, self.updates, self.messages = [], deque(), {}
+    def __init__(self):
+        self.calls, self.updates, self.messages, self.valid = [], deque(), {}, True
         self.queries, self.answers = set(), defaultdict(deque)
         self.changed, self.numbers = threading.Condition(), itertools.count(1)
 
@@ -90,22 +93,26 @@ class Telegram(ThreadingHTTPServer):
         """The parameters of all calls of a method."""
         return [parameters for name, parameters in list(self.calls) if name == method]
 
-    def call(self, token, method, parameters):
-        """The (status, answer) to a call."""
+    def call(self, token, method):
+        """The (answer, status) to a call."""
+        parameters = flask.request.form.to_dict()
         if token != TOKEN or not self.valid:
             return refusal(401, "Unauthorized")
         with self.changed:
             self.calls.append((method, parameters))
             self.changed.notify_all()
             if self.answers[method]:
-                return self.answers[method].popleft()
+                answer, status = self.answers[method].popleft()
+                if not status:
+                    flask.request.environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+                return answer, status or 200
         try:
             result = getattr(self, method)(parameters)
         except ValueError as error:
             return refusal(400, f"Bad Request: {error}")
         with self.changed:
             self.changed.notify_all()
-        return 200, {"ok": True, "result": result}
+        return {"ok": True, "result": result}
 
     def getMe(self, _):
         return BOT
@@ -145,7 +152,7 @@ class Telegram(ThreadingHTTPServer):
 
 def refusal(status, description, **parameters):
     """An answer that refuses."""
-    return status, {"ok": False, "error_code": status, "description": description, "parameters": parameters}
+    return {"ok": False, "error_code": status, "description": description, "parameters": parameters}, status
 
 
 def person(user):
@@ -165,27 +172,3 @@ def written(parameters):
         raise ValueError("message is too long")
     buttons = {"reply_markup": json.loads(parameters["reply_markup"])} if "reply_markup" in parameters else {}
     return {"html": parameters["text"], "text": text, **buttons}
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        parameters = dict(urllib.parse.parse_qsl(body, keep_blank_values=True))
-        _, token, method = urllib.parse.unquote(self.path).split("/")
-        status, answer = self.server.call(token.removeprefix("bot"), method, parameters)
-        if not status:
-            self.close_connection = True
-            return
-        data = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
-        with contextlib.suppress(ConnectionError):
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
