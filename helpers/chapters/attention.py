@@ -142,9 +142,9 @@ def collect_transformers(model, tokenizer, texts):
     tokens = [[token_texts(tokenizer, ids) for ids in row] for row in rows]
     return [Example(each[0], each[-1], layers, names, residuals) for each, layers in zip(tokens, weights)]
 
-def mean(example, layer=None):
-    """The mean over the heads of a layer, or over all heads of all layers: (target, source)."""
-    return np.concatenate(example.weights if layer is None else [example.weights[layer]]).mean(0)
+def mean(example):
+    """The mean over all heads of all layers: (target, source)."""
+    return np.concatenate(example.weights).mean(0)
 
 
 def rollout(example):

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 
 import peewee
 from playhouse import db_url
-from playhouse.migrate import SchemaMigrator, migrate
 
 from helpers import storage
 from helpers.chapters import joke_corpus
@@ -96,7 +95,7 @@ def connect(url=""):
     with connection():
         database.create_tables([Joke, Vote])
         if "asked" not in [column.name for column in database.get_columns("joke")]:  # of an older version
-            migrate(SchemaMigrator.from_database(database).add_column("joke", "asked", Joke.asked))
+            database.execute_sql("ALTER TABLE joke ADD COLUMN asked BOOLEAN")
     return place
 
 def cut(text, limit):

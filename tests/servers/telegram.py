@@ -45,8 +45,7 @@ class Telegram:
 
     def __init__(self):
         self.calls, self.updates, self.messages, self.valid = [], deque(), {}, True
-        self.queries, self.answers = set(), defaultdict(deque)
-        self.changed, self.numbers = threading.Condition(), itertools.count(1)
+        self.answers, self.changed, self.numbers = defaultdict(deque), threading.Condition(), itertools.count(1)
 
     def push(self, **content):
         """An update, as it is, malformed or not."""
@@ -55,35 +54,32 @@ class Telegram:
             self.updates.append((number, {"update_id": number, **content}))
             self.changed.notify_all()
 
-    def say(self, user, text=None, **content):
+    def say(self, user, text="", **content):
         """A message of a user to the bot: text, or something else."""
-        if text is not None:
-            content["text"] = text
-            if found := re.match(r"/\w+(@\w+)?", text):
-                content["entities"] = [{"type": "bot_command", "offset": 0, "length": len(found[0])}]
-        self.push(message={"message_id": next(self.numbers), "date": int(time.time()), **person(user), **content})
+        if found := re.match(r"/\w+(@\w+)?", text):
+            content["entities"] = [{"type": "bot_command", "offset": 0, "length": len(found[0])}]
+        message = {"message_id": next(self.numbers), "date": int(time.time()), "text": text, **person(user), **content}
+        self.push(message=message)
 
     def press(self, user, message, data):
-        """A user presses the button with this data below a message of the bot (None: of one that was sent inline)."""
+        """A user presses the button with this data below a message (None: one sent inline); what the bot answers."""
         query = str(next(self.numbers))
-        self.queries.add(query)
         content = {"message": message} if message else {"inline_message_id": "1"}
         content |= {"id": query, "from": person(user)["from"], "chat_instance": "1", "data": data}
         self.push(callback_query=content)
-        return query
+        calls = lambda: [call for call in self.called("answerCallbackQuery") if call["callback_query_id"] == query]
+        return self.wait(calls, "an answer")[0]["text"]
 
-    def wait(self, ready, what, seconds=60):
+    def wait(self, ready, what):
         """Wait until ready() is true and return that; fails with what the bot did."""
-        deadline = time.monotonic() + seconds
         with self.changed:
-            while not (found := ready()):
-                if not self.changed.wait(deadline - time.monotonic()):
-                    raise AssertionError(f"waited in vain for {what}; the bot did: {self.calls[-12:]}")
+            found = self.changed.wait_for(ready, 60)
+            assert found, f"waited in vain for {what}; the bot did: {self.calls[-12:]}"
             return found
 
     def sent(self, user):
         """The messages that a user's chat now holds, as they are after edits."""
-        return [message for message in list(self.messages.values()) if message["chat"]["id"] == user]
+        return [message for message in self.messages.values() if message["chat"]["id"] == user]
 
     def reply(self, user, number=0):
         """The bot's message of this number to the user, waited for."""
@@ -91,7 +87,7 @@ class Telegram:
 
     def called(self, method):
         """The parameters of all calls of a method."""
-        return [parameters for name, parameters in list(self.calls) if name == method]
+        return [parameters for name, parameters in self.calls if name == method]
 
     def call(self, token, method):
         """The (answer, status) to a call."""
@@ -106,11 +102,10 @@ class Telegram:
                 if not status:
                     flask.request.environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
                 return answer, status or 200
-        try:
-            result = getattr(self, method)(parameters)
-        except ValueError as error:
-            return refusal(400, f"Bad Request: {error}")
-        with self.changed:
+            try:
+                result = getattr(self, method)(parameters)
+            except ValueError as error:
+                return refusal(400, f"Bad Request: {error}")
             self.changed.notify_all()
         return {"ok": True, "result": result}
 
@@ -120,16 +115,13 @@ class Telegram:
     def deleteWebhook(self, _):
         return True
 
-    sendChatAction = deleteWebhook
+    sendChatAction = answerCallbackQuery = deleteWebhook
 
     def getUpdates(self, parameters):
-        deadline = time.monotonic() + float(parameters.get("timeout", 0))
-        with self.changed:
-            while self.updates and self.updates[0][0] < int(parameters.get("offset", 0)):
-                self.updates.popleft()
-            while not self.updates and self.valid and (left := deadline - time.monotonic()) > 0:
-                self.changed.wait(left)
-            return [update for _, update in self.updates][:100]
+        while self.updates and self.updates[0][0] < int(parameters.get("offset", 0)):
+            self.updates.popleft()
+        self.changed.wait_for(lambda: self.updates or not self.valid, float(parameters.get("timeout", 0)))
+        return [update for _, update in self.updates][:100]
 
     def sendMessage(self, parameters):
         message = {"message_id": next(self.numbers), "date": int(time.time()), "from": BOT, **written(parameters)}
@@ -143,11 +135,6 @@ class Telegram:
             raise ValueError("message is not modified")
         message.update(new)
         return message
-
-    def answerCallbackQuery(self, parameters):
-        if parameters["callback_query_id"] not in self.queries:
-            raise ValueError("query is too old and response timeout expired or query ID is invalid")
-        return True
 
 
 def refusal(status, description, **parameters):
@@ -171,4 +158,4 @@ def written(parameters):
     if len(text.encode("utf-16-le")) > 2 * 4096:
         raise ValueError("message is too long")
     buttons = {"reply_markup": json.loads(parameters["reply_markup"])} if "reply_markup" in parameters else {}
-    return {"html": parameters["text"], "text": text, **buttons}
+    return {"text": text, **buttons}
