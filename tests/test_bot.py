@@ -243,10 +243,10 @@ def test_a_joke_and_an_answer_as_they_are_written(chat):
 def test_a_vote_is_thanked_for_and_may_be_changed_and_counts_below_an_old_message(chat):
     chat.say(4, "/joke")
     message, (count, likes) = chat.reply(4), votes(chat)
+    joke = message["text"]
     for mark, new, liked in (("👍", 1, 1), ("👎", 1, 0), ("👎", 1, 0), ("👍", 1, 1)):
         assert "Thank you" in chat.press(4, message, buttons(message)[mark])
-        thanks = f"{message['text']}\n\nThank you for your feedback {mark}"
-        chat.wait(lambda: chat.sent(4)[0]["text"] == thanks, "thanks")
+        chat.wait(lambda: chat.sent(4)[0]["text"] == f"{joke}\n\nThank you for your feedback {mark}", "thanks")
         assert votes(chat) == (count + new, likes + liked) and list(buttons(chat.sent(4)[0])) == ["👍", "👎"]
     chat.press(5, message, buttons(message)["👎"])  # somebody else, to whom it was passed on
     chat.wait(lambda: "👎" in chat.sent(4)[0]["text"], "thanks to another")
