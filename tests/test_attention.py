@@ -215,10 +215,6 @@ def test_every_script_has_glyphs_or_numbers():
     assert len(attention.outline("$x$", 1).codes) > len(attention.outline("x", 1).codes)  # no formula
 
 
-def page_data(page):
-    return json.loads(re.search(r"const data = (.*);\n", page)[1])
-
-
 def test_html_is_self_contained_and_safe_and_has_all_weights():
     nasty = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a & \"b\" 'c'", "\u2028", "日"]
     examples = [*attention.collect(gpt2(), word_tokenizer(), TEXTS[:2]), example_of(nasty, heads=2)]
@@ -231,7 +227,8 @@ def test_html_is_self_contained_and_safe_and_has_all_weights():
     assert not re.search(r"\b(src|href)=|import |require|fetch\(|innerHTML|document\.write", code)
     assert len(re.findall("<script", page)) == len(re.findall("</script", page)) == 1 and "<img" not in code
 
-    for shown, example in zip(page_data(page)["examples"], examples, strict=True):
+    data = json.loads(re.search(r"const data = (.*);\n", page)[1])
+    for shown, example in zip(data["examples"], examples, strict=True):
         views = dict(zip(example.layers, example.weights))
         if len(views) > 1:
             views |= {"all layers": attention.mean(example)[None], "rollout": attention.rollout(example)[None]}
@@ -281,7 +278,7 @@ def test_html_shows_what_is_picked_and_pointed_at():
     result = subprocess.run([node, "-"], input=script, capture_output=True, text=True, timeout=60)
     assert not result.stderr
     first, second, third = json.loads(result.stdout)
-    colours = page_data(page)["colours"]
+    colours = json.loads(re.search(r"const data = (.*);\n", page)[1])["colours"]
     for shown, weights, said in (
         (first, example.weights[0].mean(0), "“cat” looks at “the”: {:.4f}"),
         (second, example.weights[1][2], "“cat” looks at “the”: {:.4f}"),

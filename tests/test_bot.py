@@ -339,6 +339,7 @@ def test_a_token_that_is_revoked_ends_the_bot(tmp_path):
         ("TELEGRAM_BOT_TOKEN", "tell-nobody", "", ""),
         ("JOKES_DATABASE_URL", tg.TOKEN, "mysql://bot:tell-nobody@127.0.0.1/jokes", ""),
     ],
+    ids=["refused", "no network", "no Telegram", "malformed", "mysql"],
 )
 def test_it_says_what_is_wrong_and_not_the_token(said, token, database, address, tmp_path, monkeypatch, caplog, capfd):
     monkeypatch.setattr(bot, "load_sources", lambda urls: {"model": echo})
