@@ -107,6 +107,7 @@ def test_a_causal_language_models_weights_are_the_softmax_of_its_queries_and_key
 @torch.no_grad()
 def test_cross_attention_is_the_decoders_over_the_encoders_tokens():
     model, tokenizer, target = bart(), word_tokenizer(), "a dog ran away"
+    model.generation_config.max_new_tokens = 8
     layers = [layer.encoder_attn for layer in model.model.decoder.layers]
     kept = [[inputs_of(layer.q_proj), inputs_of(layer.k_proj)] for layer in layers]
     ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in (*TEXTS, target)]
@@ -116,7 +117,6 @@ def test_cross_attention_is_the_decoders_over_the_encoders_tokens():
         for layer, (queries, keys), weights in zip(layers, kept, example.weights, strict=True):
             query, key = (layer.q_proj(queries[-1][0].reshape(-1, 24)), layer.k_proj(keys[-1][0].reshape(-1, 24)))
             assert np.allclose(weights, scores_of(query, key, 3).softmax(-1), atol=1e-6) and weights.std() > 0.05
-    model.generation_config.max_new_tokens = 8
     [spoken] = attention.collect(model, tokenizer, TEXTS[:1])  # without a target: what the model writes
     assert spoken.target == [WORDS[i] for i in model.generate(ids[0], do_sample=False)[0, 1:]]
     assert len(spoken.weights[0][0]) == len(spoken.target) and spoken.residuals == ()
