@@ -619,7 +619,7 @@ def test_everything_gets_through_all_faults_at_once(s3, tmp_path, capsys):
 
 
 def killed(code, *arguments, at):
-    """Run a process, and kill it at a request to S3: at(its number, "method path")."""
+    """Run a process, and kill it at a request to S3: at(its number, "method path"); at most 32 are under way."""
     code = f"import sys\nfrom helpers.chapters import zips\nzips.{code}"
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"], delay=0.002) as proxy:
         env = os.environ | {"AWS_ENDPOINT_URL": proxy.url}
@@ -633,13 +633,13 @@ def test_an_unzip_that_was_killed_twice_and_a_split_are_completed(s3, tmp_path):
     """In the midst of the small files, then of the parts of the large one, and of the copies."""
     members = {f"cats/{i}.bin": random.randbytes(2000) for i in range(60)} | {"cats/large": random.randbytes(9 * MB)}
     archive = zipped(tmp_path / "cats.zip", members)
-    killed("unzip(*sys.argv[1:])", archive, s3, at=lambda number, _: number == 15)
+    killed("unzip(*sys.argv[1:])", archive, s3, at=lambda number, _: number == 45)
     assert 0 < len(listed(s3)) < 60
     killed("unzip(*sys.argv[1:])", archive, s3, at=lambda _, request: "partNumber=2" in request)
     assert len(listed(s3)) == 60
     zips.unzip(archive, s3)
     assert content(f"{s3}/raw") == members
-    killed("split_classes(sys.argv[1])", s3, at=lambda number, _: number == 15)
+    killed("split_classes(sys.argv[1])", s3, at=lambda number, _: number == 45)
     assert 62 < len(before := listed(s3)) < 123
     assert zips.split_classes(s3) == {"train": 43, "val": 9, "test": 9}
     assert copies(s3) == members and len(listed(s3)) == 123 and before.items() <= listed(s3).items()
