@@ -13,7 +13,7 @@ import torch
 from servers import free_port
 from servers.embedded import cleaned
 
-from executed import ForkedKernel, start_server
+from executed import ForkedKernel, forked_kernels
 from helpers import experiment, run, storage
 from helpers.chapters import processes
 from test_run import outputs_of, write
@@ -68,7 +68,7 @@ def environment(embedded_env):
 @pytest.fixture
 def ready_kernels(monkeypatch):
     """Kernels have imported PyTorch already."""
-    start_server()
+    forked_kernels()
     monkeypatch.setattr(run, "run_papermill", functools.partial(run.run_papermill, kernel=ForkedKernel))
 
 
