@@ -1,12 +1,14 @@
-"""What several test files share: the servers, one of each for the whole run, and a single thread."""
+"""What several test files share: the servers, one of each for the whole run, and one thread for PyTorch."""
 
 import functools
 import os
 import secrets
 import zipfile
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is there; kernels inherit it: the tests run on as many
-# processes as there are cores, and threads that wait for each other on a core take several times as long
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before PyTorch is there; kernels inherit it. More threads change the order of sums,
+)
+# and so the last bits; and where tests run on every core, threads that wait for each other take several times as long.
 
 import botocore.loaders  # noqa: E402
 import botocore.session  # noqa: E402
@@ -85,14 +87,3 @@ def every(tmp_path_factory):
         return str(path)
 
     return make
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """PyTorch on one thread: more change the order of sums, and so the last bits, and wait long on a busy machine."""
-    import torch  # here: half of the files do without
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -21,7 +21,6 @@ from helpers import experiment, storage
 from helpers.chapters import attention, convert
 from helpers.training import TrainLoop
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS = "<pad> </s> <unk> the cat sat on a mat and dog ran far away".split()
 TEXTS = ["the cat sat", "a dog ran far away and the cat sat on the mat", "on a mat", "dog", "a cat ran away"]

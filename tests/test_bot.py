@@ -355,7 +355,7 @@ def test_it_says_what_is_wrong_and_not_the_token(said, token, database, address,
     assert said in log and not re.search(f"Traceback|tell-nobody|{tg.TOKEN.split(':')[1]}", log), log
 
 
-def test_models_and_people_tell_jokes_side_by_side(one_thread, monkeypatch, sqlite, tmp_path):
+def test_models_and_people_tell_jokes_side_by_side(monkeypatch, sqlite, tmp_path):
     config, tiny = language.GPT2Config, dict(n_embd=8, n_layer=1, n_head=1)
     monkeypatch.setattr(language, "GPT2Config", lambda **sizes: config(**sizes | tiny))
 

@@ -20,8 +20,6 @@ from helpers.chapters.recipes import ConstantPrediction, DryRun, GradientStatist
 from loops import LAST, Call, Stream, at, cancel, fail, make_loop, same, script, timeless
 from servers import free_port
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def plateau(optimizer):
     return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)

@@ -27,7 +27,6 @@ from helpers.training import TrainLoop
 from loops import LAST, Call, at, fail, same, timeless
 from servers import free_port
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = dict(vocab_size=300, buckets=20, width=16, attention_width=8, windows=(1, 3), feed_forward=32)
 SMALL |= dict(output_width=16, piece_dropout=0.0)

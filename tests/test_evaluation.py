@@ -19,8 +19,6 @@ from helpers.chapters import evaluation
 from helpers.training import TrainLoop
 from servers import free_port
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # --------------------------------------------------------------------------------------- data, the same in any process
 

@@ -25,7 +25,6 @@ from helpers import images, run, storage
 from helpers.chapters import joke_corpus, jokes
 from helpers.training import TrainLoop
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAIRS = [
     (f"Why did the {animal} go to the {place}?", f"Because the {place} had a free {animal} day.")  # 24 pairs
@@ -54,7 +53,7 @@ def untrained(max_length=64):
 
 
 @pytest.fixture(scope="module")
-def trained(one_thread):
+def trained():
     model, tokenizer = untrained()
     data = jokes.PackedRows(jokes.encode(tokenizer, PAIRS), 64, tokenizer.pad_token_id)
     loader = images.loader(data, 1, shuffle=True, seed=0)

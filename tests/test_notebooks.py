@@ -66,17 +66,19 @@ SHORT = dict(epochs=2, transfer="")  # with every(6): a short way from a zip to 
 
 @pytest.fixture(scope="module")
 def whole(embedded_env, tmp_path_factory, every):
-    """A bucket that 01 to 03 have filled, each by another tool and elsewhere, and what is in it then."""
+    """A bucket that 01 to 03 have filled, each by another tool, one from S3 to S3, and what is in it then."""
     bucket, folder = f"test-{secrets.token_hex(6)}", tmp_path_factory.mktemp("whole")
     with connected(embedded_env):
-        for number, options, tool in (
-            ("01", {"dataset_zip": every(6)}, "papermill 01.ipynb"),
-            ("02", SHORT, "jupyter nbconvert --execute --to notebook --inplace"),
-            ("03", {}, "pytest -p no:cacheprovider --nbmake"),
+        storage.create_bucket(f"{bucket}-pages")
+        for number, options, command in (
+            ("01", {"dataset_zip": every(6)}, f"papermill s3://{bucket}-pages/01.ipynb s3://{bucket}-pages/done.ipynb"),
+            ("02", SHORT, "jupyter nbconvert --execute --to notebook --inplace 02.ipynb"),
+            ("03", {}, "pytest -p no:cacheprovider --nbmake 03.ipynb"),
         ):
             page = folder / f"{number}.ipynb"
             papermill.execute_notebook(BY_NUMBER[number], page, options | {"bucket": bucket}, prepare_only=True)
-            call(folder, *tool.split(), page.name, JUPYTER_PATH=str(forked_kernels()))
+            storage.write(f"s3://{bucket}-pages/{page.name}", page.read_bytes())
+            call(folder, *command.split(), JUPYTER_PATH=str(forked_kernels()))
         return SimpleNamespace(folder=folder, bucket=bucket, contents=contents(bucket))
 
 
@@ -136,8 +138,7 @@ def test_the_readmes_accuracy(embedded, tmp_path, bucket):
 
 
 def test_a_local_folder_is_predicted_too_and_another_split_is_refused(embedded, tmp_path, whole, every):
-    names = list(storage.objects(f"s3://{whole.bucket}/leaves/test"))[::2]
-    for name in names:
+    for name in (names := list(storage.objects(f"s3://{whole.bucket}/leaves/test"))[::2]):
         storage.write(tmp_path / "mine" / name, storage.read(f"s3://{whole.bucket}/leaves/test/{name}"))
     assert execute("03", tmp_path, bucket=whole.bucket, test_url=str(tmp_path / "mine"))["images"] == len(names) > 5
 

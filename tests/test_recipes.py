@@ -37,7 +37,7 @@ from servers import free_port, moto
 from servers.embedded import connected
 from test_callbacks import logged, picture, rows_of
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Requiring AUTH")]  # of aiosmtpd
+pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH")  # of aiosmtpd
 
 
 def raises(end):

@@ -174,8 +174,8 @@ def test_pages_are_whole_need_no_network_lead_on_and_say_what_made_them(finished
 def test_the_index_fits_a_telephone(finished, tmp_path):
     page = (finished.output / "index.html").read_text(encoding="utf-8").replace("s3://a/b", "s3://" + "a" * 90)
     width = "document.title = this.contentDocument.documentElement.scrollWidth"
-    frame = f'<iframe style="border: 0; width: 400px" srcdoc="{escape(page)}" onload="{width}"></iframe>'
-    (tmp_path / "frame.html").write_text(frame)
+    frame = '<iframe style="border: 0; width: 400px" srcdoc="{}" onload="{}"></iframe>'
+    (tmp_path / "frame.html").write_text(frame.format(escape(page), width))
     words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
     dom = subprocess.run([*words, tmp_path / "frame.html"], capture_output=True, text=True, timeout=60).stdout
     assert "<title>400</title>" in dom

@@ -13,8 +13,6 @@ from helpers.chapters.evaluation import question_answering
 from helpers.training import MOMENTS, Callback, CancelFit, TrainLoop
 from loops import Call, Net, Rows, Stream, batches, make_loop, same
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def accuracy():
     return {"accuracy": MulticlassAccuracy(3, average="micro")}

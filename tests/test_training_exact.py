@@ -23,8 +23,6 @@ from helpers.chapters import zips
 from helpers.training import TrainLoop
 from loops import LAST, Call, Net, Pair, Rows, at, batches, cancel, fail, make_loop, on_two_processes, same, timeless
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_a_model_of_transformers_trains_by_the_loss_it_returns():
     from transformers import GPT2Config, GPT2LMHeadModel  # here: the other processes do without
