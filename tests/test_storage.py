@@ -621,7 +621,8 @@ def test_everything_gets_through_all_faults_at_once(s3, tmp_path, capsys):
 def killed(code, *arguments, at):
     """Run a process, and kill it at a request to S3: at(its number, "method path"); at most 32 are under way."""
     code = f"import sys\nfrom helpers.chapters import zips\nzips.{code}"
-    with fault_proxy(os.environ["AWS_ENDPOINT_URL"], delay=0.002) as proxy:
+    # Threads that are no daemons are waited for: what is under way is done when it ends.
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"], delay=0.002, daemon_threads=False) as proxy:
         env = os.environ | {"AWS_ENDPOINT_URL": proxy.url}
         process = start(code, *arguments, env=env, stderr=subprocess.DEVNULL)
         proxy.on_request = lambda number: at(number, proxy.latest) and process.kill()
