@@ -19,6 +19,7 @@ import platform
 import re
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 from contextlib import suppress
@@ -65,7 +66,18 @@ class Outcome:
 
 
 class OwnKernel(AsyncKernelManager):
-    """Kernels of the Python that runs this, whatever "python3" kernelspecs Jupyter knows on this machine."""
+    """Kernels of the Python that runs this, whatever "python3" kernelspecs Jupyter knows on this machine.
+
+    They listen at sockets in a folder of their own: a port that was free when Jupyter chose it may be taken, by any
+    connection to S3, when the kernel binds it.
+    """
+
+    def _transport_default(self):
+        return "tcp" if os.name == "nt" else "ipc"
+
+    def _ip_default(self):
+        self.folder = tempfile.TemporaryDirectory()
+        return f"{self.folder.name}/kernel" if self.transport == "ipc" else "127.0.0.1"
 
     def _kernel_spec_manager_default(self):
         return KernelSpecManager(kernel_dirs=[])  # no folders to search: ipykernel's own spec is left, sys.executable
