@@ -104,6 +104,8 @@ def forget_connection():
     _make_store.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     boto3.setup_default_session()
+    if papermill := sys.modules.get("papermill.s3"):
+        papermill.S3.s3_session = (None, None, None)
 
 
 def serve(directory):

@@ -159,6 +159,7 @@ def test_connect_uses_the_standard_environment_starts_nothing_and_takes_new_sett
         connect(env)
         assert storage.client().meta.endpoint_url == env["AWS_ENDPOINT_URL"] and len(storage._servers) == servers
         assert capfd.readouterr().out == f"S3 at {env['AWS_ENDPOINT_URL']}\n"
+        papermill_io.write("{}", f"{new_bucket()}/page.ipynb")  # papermill has a session of its own
     del os.environ["AWS_DEFAULT_REGION"]
     connect({"AWS_REGION": "eu-9"})
     assert storage.client().meta.region_name == boto3.Session().region_name == "eu-9"
