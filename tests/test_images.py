@@ -593,6 +593,7 @@ def test_a_million_objects_in_a_thousand_folders_take_little_memory():
         "10",
         "ANSWERS =",
         "LISTING =",
+        "IMPORTS =",
         "MEASURE =",
         "costs =",
         names={"scaling": 1_281_167, "display": print, "figures": {}},
