@@ -5,10 +5,9 @@ import os
 import secrets
 import zipfile
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before PyTorch is there; kernels inherit it. More threads change the order of sums,
-)
-# and so the last bits; and where tests run on every core, threads that wait for each other take several times as long.
+# Before PyTorch is there; kernels inherit it. More threads change the order of sums, and so the last bits; and where tests
+# run on every core, threads that wait for each other take several times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import botocore.loaders  # noqa: E402
 import botocore.session  # noqa: E402
